@@ -1,0 +1,334 @@
+"""One Milvus endpoint as this process sees it: its connection, its limit and its lanes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import grpc
+from pymilvus.exceptions import ConnectError, MilvusException
+
+from llama_index_milvus_async_ext._io import IoThread
+from llama_index_milvus_async_ext._lane import Lane
+from llama_index_milvus_async_ext._limit import Limit
+from llama_index_milvus_async_ext._rows import RowEncoder
+from llama_index_milvus_async_ext._wire import Connection, ConnectionSettings, Hits, Row, Schema, SearchGroup
+from llama_index_milvus_async_ext.retry import (
+    COLLECTION_NOT_LOADED,
+    RetryPolicy,
+    RpcFailure,
+    StatusFailure,
+)
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where Milvus Lite does not lock its folder either
+    fcntl = None  # type: ignore[assignment]
+
+_MAX_LANES = 256
+_RELOAD_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The bounds that a store sets on its requests; see `AsyncMilvusVectorStore` for each."""
+
+    max_concurrency: int
+    batch_size: int
+    max_batch_bytes: int
+    max_batch_queries: int
+    rpc_timeout_seconds: float
+    retry: RetryPolicy
+
+
+@dataclass(frozen=True)
+class WriteTarget:
+    """Where rows go, and which columns their parts have."""
+
+    collection: str
+    partition: str
+    upsert: bool
+    text_key: str
+    doc_id_field: str
+    embedding_field: str | None
+    sparse_field: str | None
+
+
+class Endpoint:
+    """A connection that stores with the same settings share, with the lanes of their requests."""
+
+    _open: ClassVar[dict[ConnectionSettings, Endpoint]] = {}
+    _limits: ClassVar[dict[str, Limit]] = {}
+    _write_locks: ClassVar[dict[tuple[str, str], asyncio.Lock]] = {}
+    # Re-entrant, as a store may be collected, and so closed, at any point of the code that holds it.
+    _lock: ClassVar[threading.RLock] = threading.RLock()
+
+    @classmethod
+    def open(cls, settings: ConnectionSettings, on_retry: Callable[[BaseException, int, float], None]) -> Endpoint:
+        """The endpoint for these settings, connected; each `open` asks for one `close`.
+
+        Raises:
+            ConnectError: The server can't be reached, refuses the token, or the file is in use.
+        """
+        with cls._lock:
+            endpoint = cls._open.get(settings)
+            if endpoint is None:
+                endpoint = cls._open[settings] = cls(settings, on_retry)
+            endpoint._users += 1
+            return endpoint
+
+    @classmethod
+    def forget_all(cls) -> None:
+        """Start anew, in a forked child: nothing that was inherited works there."""
+        cls._open, cls._limits, cls._write_locks, cls._lock = {}, {}, {}, threading.RLock()
+
+    def __init__(self, settings: ConnectionSettings, on_retry: Callable[[BaseException, int, float], None]) -> None:
+        self._settings = settings
+        self._on_retry = on_retry
+        self._users = 0
+        self.connection = connect(settings)
+        self.is_lite = self.connection.server_version().startswith("milvus_lite")
+        self.limit = self._limits.setdefault(self.connection.address, Limit())
+        self._lanes: dict[tuple[Any, ...], Lane[Any, Any]] = {}
+        self._gone = Counter[str]()
+        self._reloaded_at: dict[str, float] = {}
+        self._lock_path = f"{settings.uri}.lock" if settings.is_file else None
+        IoThread.get().on_exit(self._abandon)
+
+    def close(self) -> None:
+        """Give up one use; the last one closes the connection."""
+        with self._lock:
+            self._users -= 1
+            if self._users > 0:
+                return
+            self._open.pop(self._settings, None)
+        self.connection.close()
+
+    @property
+    def uri(self) -> str:
+        """Where the connection goes: the settings' uri, or where another process serves that file."""
+        return self.connection.uri
+
+    # --- lanes
+
+    def write_lane(self, target: WriteTarget, schema: Schema, limits: Limits) -> Lane[Any, None]:
+        """The lane for rows of one collection and partition; an item is a node and its sparse vector or None."""
+        encoder = RowEncoder(
+            schema,
+            text_key=target.text_key,
+            doc_id_field=target.doc_id_field,
+            embedding_field=target.embedding_field,
+            sparse_field=target.sparse_field,
+        )
+
+        async def send(rows: list[Row], upsert: bool, timeout: float) -> list[None]:
+            collection = target.collection
+            async with self.writing(collection, timeout):
+                current = await self.connection.schema(collection, timeout)
+                upsert = upsert or target.upsert
+                await self.connection.write(collection, target.partition, current, rows, upsert, timeout)
+            return [None] * len(rows)
+
+        def build() -> Lane[Any, None]:
+            return self._lane(
+                lambda item: encoder.encode(*item), send, limits, limits.batch_size, limits.max_batch_bytes, lite=1
+            )
+
+        return self._known(("rows", target, schema, limits), build)
+
+    def read_lane(self, group: SearchGroup, ranker: Any, limits: Limits) -> Lane[Any, Hits]:
+        """The lane for searches that may share requests."""
+
+        async def send(queries: list[Any], _upsert: bool, timeout: float) -> list[Hits]:
+            with self.reloading(group.collection):
+                return await self.connection.search(group, queries, ranker, timeout)
+
+        def build() -> Lane[Any, Hits]:
+            return self._lane(
+                _prepare_query, send, limits, limits.max_batch_queries, limits.max_batch_bytes, abort_when_unwanted=True
+            )
+
+        return self._known(("queries", group, limits), build)
+
+    def call_lane(self, limits: Limits) -> Lane[Any, Any]:
+        """The lane for all other calls: each item is `call(timeout_seconds) -> result`, and travels alone."""
+
+        async def send(calls: list[Callable[[float], Awaitable[Any]]], _upsert: bool, timeout: float) -> list[Any]:
+            return [await call(timeout) for call in calls]
+
+        return self._known(("calls", limits), lambda: self._lane(lambda call: (call, 0), send, limits, 1, 1))
+
+    def counts(self) -> Counter[str]:
+        """Requests, retries, rows and queries so far, and what is under way and waiting now."""
+        total = Counter(self._gone)
+        for (kind, *_), lane in list(self._lanes.items()):
+            total.update(_counts(kind, lane))
+            total.update(waiting=lane.waiting)
+        total.update(in_flight=self.limit.in_flight, limit=self.limit.current)
+        return total
+
+    async def drained(self) -> None:
+        """Wait until no lane has anything waiting or under way."""
+        for lane in list(self._lanes.values()):
+            await lane.drained()
+
+    def _lane(
+        self,
+        prepare: Callable[[Any], tuple[Any, int]],
+        send: Callable[[list[Any], bool, float], Awaitable[Sequence[Any]]],
+        limits: Limits,
+        max_items: int,
+        max_bytes: int,
+        *,
+        lite: int | None = None,
+        abort_when_unwanted: bool = False,
+    ) -> Lane[Any, Any]:
+        return Lane(
+            prepare=prepare,
+            send=send,
+            limit=self.limit,
+            policy=limits.retry,
+            max_items=max_items,
+            max_bytes=max_bytes,
+            max_in_flight=lite if lite is not None and self.is_lite else limits.max_concurrency,
+            ceiling=limits.max_concurrency,
+            rpc_timeout_seconds=limits.rpc_timeout_seconds,
+            abort_when_unwanted=abort_when_unwanted,
+            on_retry=self._on_retry,
+        )
+
+    def _known(self, key: tuple[Any, ...], build: Callable[[], Lane[Any, Any]]) -> Lane[Any, Any]:
+        lane = self._lanes.get(key)
+        if lane is None:
+            with self._lock:
+                if len(self._lanes) >= _MAX_LANES:
+                    self._forget_idle_lanes()
+                lane = self._lanes.get(key)
+                if lane is None:
+                    lane = self._lanes[key] = build()
+                    IoThread.get().post(lambda: self.limit.allow(key[-1].max_concurrency))
+        return lane
+
+    def _forget_idle_lanes(self) -> None:
+        # Each filter expression has a lane of its own. One that is handed out just now may be dropped here too: it
+        # goes on working, and only shares no request with its successor.
+        for key, lane in list(self._lanes.items()):
+            if lane.idle:
+                self._gone.update(_counts(key[0], lane))
+                del self._lanes[key]
+
+    def _abandon(self) -> None:
+        for lane in list(self._lanes.values()):
+            lane.abandon()
+
+    # --- what Milvus Lite needs
+
+    @contextlib.asynccontextmanager
+    async def writing(self, collection: str, timeout: float) -> AsyncIterator[None]:
+        """Hold the right to change a collection: on Milvus Lite one request at a time, over all processes.
+
+        Several at once would interleave its write-ahead log, and a crash would then lose acknowledged rows.
+        """
+        if not self.is_lite:
+            yield
+            return
+        lock = self._write_locks.setdefault((self.connection.address, collection), asyncio.Lock())
+        async with lock:
+            release = await self._lock_file(timeout)
+            try:
+                yield
+            finally:
+                release()
+
+    async def _lock_file(self, timeout: float) -> Callable[[], None]:
+        if self._lock_path is None or fcntl is None:
+            return lambda: None
+        descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting = asyncio.ensure_future(self.connection.in_thread(fcntl.flock, descriptor, fcntl.LOCK_EX))
+            try:
+                await asyncio.wait_for(asyncio.shield(waiting), timeout)
+            except BaseException as error:
+                waiting.add_done_callback(lambda _: os.close(descriptor))  # which gives a late lock back
+                if isinstance(error, asyncio.TimeoutError):
+                    raise RpcFailure("UNAVAILABLE", f"{self._lock_path} is held by another process", False) from None
+                raise
+        return lambda: os.close(descriptor)
+
+    @contextlib.contextmanager
+    def reloading(self, collection: str) -> Any:
+        """Have Milvus Lite load a collection that it says is released, as it is after each of its restarts."""
+        try:
+            yield
+        except StatusFailure as failure:
+            now = time.monotonic()
+            due = now - self._reloaded_at.get(collection, -_RELOAD_SECONDS) >= _RELOAD_SECONDS
+            if self.is_lite and failure.code == COLLECTION_NOT_LOADED and due:
+                self._reloaded_at[collection] = now
+                task = asyncio.ensure_future(
+                    self.connection.in_thread(self.connection.client.load_collection, collection, timeout=30)
+                )
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise
+
+
+def _prepare_query(query: Any) -> tuple[Any, int]:
+    return query, 0
+
+
+def _counts(kind: str, lane: Lane[Any, Any]) -> dict[str, int]:
+    return {"requests": lane.requests, "retries": lane.retries, kind: lane.items_sent}
+
+
+def connect(settings: ConnectionSettings) -> Connection:
+    """Connect, or say what is in the way.
+
+    Raises:
+        ConnectError: The server can't be reached, refuses the token, or the file is in use.
+    """
+    try:
+        return Connection(settings)
+    except (MilvusException, grpc.RpcError, OSError) as error:
+        raise ConnectError(code=2, message=_explanation(settings, error)) from error
+
+
+def _explanation(settings: ConnectionSettings, error: BaseException) -> str:
+    uri = settings.uri
+    if settings.is_file:
+        if not Path(uri).parent.is_dir():
+            return f"{uri} can't be opened: its folder does not exist"
+        return (
+            f"{uri} can't be opened: most likely another process holds it, as Milvus Lite serves a file to one; "
+            "close it there, or start `milvus-lite server` on the folder and give all processes its http:// address"
+        )
+    status = next((cause for cause in _causes(error) if isinstance(cause, grpc.RpcError)), None)
+    code = RpcFailure.from_grpc(status).status if status is not None else ""
+    reason = {
+        "UNAVAILABLE": "no Milvus server answers there; check that it runs, the host and the port, and whether it "
+        "expects TLS (https://) or not (http://)",
+        "UNAUTHENTICATED": "it refuses the token; check token= (such as 'user:password' or an API key)",
+        "PERMISSION_DENIED": "it refuses the token; check token= and the rights of its user",
+        "DEADLINE_EXCEEDED": "it accepts connections, but does not answer; is it a healthy Milvus server?",
+        "UNIMPLEMENTED": "the server there is no Milvus server, or the port is not its gRPC port (19530 by default)",
+    }.get(code)
+    return f"can't connect to {uri}: {reason or error}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Endpoint.forget_all)

@@ -1,0 +1,251 @@
+"""The process's one I/O thread, and the way there and back for callers on any loop or thread."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import contextlib
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from llama_index_milvus_async_ext._lane import Lane, Submission
+
+T = TypeVar("T")
+
+_JOIN_SECONDS = 2.0
+
+
+class IoThread:
+    """One event loop in one daemon thread, which runs all lanes.
+
+        submission = await IoThread.get().submit(lane, nodes)      # from any event loop
+        submission = IoThread.get().submit_and_wait(lane, nodes)   # from any thread, also inside a running loop
+
+    What one turn of a caller's loop submits crosses over together, in one wake-up of the thread, and so do the
+    outcomes on their way back: a thousand concurrent calls cost two wake-ups, not two thousand.
+    """
+
+    _instance: IoThread | None = None
+    _lock = threading.Lock()
+
+    @classmethod
+    def get(cls) -> IoThread:
+        """The thread of this process, started on first use; a forked child has its own."""
+        if cls._instance is None:
+            with cls._lock:
+                if cls._instance is None:
+                    cls._instance = cls()
+        return cls._instance
+
+    @classmethod
+    def forget(cls) -> None:
+        """Start anew, in a forked child, where the thread is not."""
+        cls._instance, cls._lock = None, threading.Lock()
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self.loop = asyncio.new_event_loop()
+        self._inbox: deque[Callable[[], object]] = deque()
+        self._woken = False
+        self._ports: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Port] = weakref.WeakKeyDictionary()
+        self._at_exit: list[Callable[[], object]] = []
+        self._thread = threading.Thread(target=self._run, name="milvus-io", daemon=True)
+        self._thread.start()
+        atexit.register(self._end)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is the I/O thread itself."""
+        return threading.get_ident() == self._thread.ident
+
+    def on_exit(self, function: Callable[[], object]) -> None:
+        """Call `function` in the thread when the interpreter exits."""
+        self._at_exit.append(function)
+
+    # --- to the thread
+
+    def post(self, *functions: Callable[[], object]) -> None:
+        """Have functions called in the thread, in this order."""
+        # First the functions, then the look at the flag; the thread does the reverse. So nothing is left behind.
+        self._inbox.extend(functions)
+        if not self._woken:
+            self._woken = True
+            self.loop.call_soon_threadsafe(self._empty_inbox)
+
+    async def submit(
+        self, lane: Lane[T, Any], values: Sequence[T], keys: Sequence[Hashable] | None = None
+    ) -> Submission[Any]:
+        """Submit items to a lane, and wait for their outcomes.
+
+        If the caller is cancelled, so is the submission: its outcomes are complete when `CancelledError` is raised,
+        and stand in that error's attribute `submission`.
+        """
+        loop = asyncio.get_running_loop()
+        port = self._port(loop)
+        future: asyncio.Future[Submission[Any]] = loop.create_future()
+        ticket = _Ticket(lambda submission: port.deliver(future, submission))
+        port.send(lambda: ticket.start(lane, values, keys))
+        try:
+            return await future
+        except asyncio.CancelledError as cancelled:
+            outcome: asyncio.Future[Submission[Any]] = loop.create_future()
+            port.send(lambda: port.deliver(outcome, ticket.cancel(lane)))
+            with contextlib.suppress(asyncio.CancelledError):  # a second cancellation does not wait
+                cancelled.submission = await outcome  # type: ignore[attr-defined]
+            raise
+
+    def _port(self, loop: asyncio.AbstractEventLoop) -> _Port:
+        port = self._ports.get(loop)
+        if port is None:
+            with self._lock:
+                port = self._ports.setdefault(loop, _Port(loop, self))
+        return port
+
+    def submit_and_wait(
+        self, lane: Lane[T, Any], values: Sequence[T], keys: Sequence[Hashable] | None = None
+    ) -> Submission[Any]:
+        """Submit items to a lane, and block until their outcomes are known. Ctrl-C cancels the submission."""
+        self._refuse_own_thread()
+        future: concurrent.futures.Future[Submission[Any]] = concurrent.futures.Future()
+        ticket = _Ticket(future.set_result)
+        self.post(lambda: ticket.start(lane, values, keys))
+        try:
+            return future.result()
+        except BaseException as interrupted:
+            self.post(lambda: ticket.cancel(lane))
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                interrupted.submission = future.result(_JOIN_SECONDS)  # type: ignore[attr-defined]
+            raise
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the thread, and block until it is done."""
+        self._refuse_own_thread()
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def arun(self, coroutine: Coroutine[Any, Any, T]) -> Awaitable[T]:
+        """Run a coroutine in the thread, and await it on the caller's loop."""
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call a function in the thread, and block until it has returned."""
+        if self.is_current:
+            return function()
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def settle() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self.post(settle)
+        return future.result()
+
+    def _refuse_own_thread(self) -> None:
+        if self.is_current:
+            raise RuntimeError("a blocking call on the I/O thread would wait for itself; use the async method")
+
+    # --- in the thread
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_forever()
+        finally:
+            with contextlib.suppress(Exception):
+                self.loop.close()
+
+    def _empty_inbox(self) -> None:
+        self._woken = False
+        for function in _drained(self._inbox):
+            try:
+                function()
+            except Exception as error:  # one caller's defect does not stop the others' requests
+                self.loop.call_exception_handler({"message": "a call in the I/O thread failed", "exception": error})
+
+    def _end(self) -> None:
+        if self._pid != os.getpid() or not self._thread.is_alive():
+            return
+
+        async def wind_up() -> None:
+            for function in self._at_exit:
+                with contextlib.suppress(Exception):
+                    function()
+            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            self.loop.stop()
+
+        with contextlib.suppress(RuntimeError):
+            asyncio.run_coroutine_threadsafe(wind_up(), self.loop)
+            self._thread.join(_JOIN_SECONDS)
+
+
+class _Ticket:
+    """A submission that may be cancelled before it was made."""
+
+    __slots__ = ("_on_done", "_submission")
+
+    def __init__(self, on_done: Callable[[Submission[Any]], None]) -> None:
+        self._on_done = on_done
+        self._submission: Submission[Any] | None = None
+
+    def start(self, lane: Lane[Any, Any], values: Sequence[Any], keys: Sequence[Hashable] | None) -> None:
+        self._submission = lane.submit(values, keys, self._on_done)
+
+    def cancel(self, lane: Lane[Any, Any]) -> Submission[Any] | None:
+        """Cancel, and return the submission with all its outcomes."""
+        if self._submission is not None:
+            lane.cancel(self._submission)
+        return self._submission
+
+
+class _Port:
+    """What crosses between one caller's loop and the I/O thread, gathered by turns of the loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, io: IoThread) -> None:
+        self._loop = weakref.ref(loop)
+        self._io = io
+        self._outgoing: list[Callable[[], object]] = []
+        self._incoming: deque[tuple[asyncio.Future[Any], Any]] = deque()
+        self._woken = False
+
+    def send(self, function: Callable[[], object]) -> None:
+        """Have a function called in the I/O thread; from the caller's loop."""
+        if not self._outgoing:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outgoing.append(function)
+
+    def _flush(self) -> None:
+        outgoing, self._outgoing = self._outgoing, []
+        self._io.post(*outgoing)
+
+    def deliver(self, future: asyncio.Future[Any], result: Any) -> None:
+        """Set a future's result on the caller's loop; from the I/O thread."""
+        self._incoming.append((future, result))
+        loop = self._loop()
+        if not self._woken and loop is not None:
+            self._woken = True
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(self._receive)
+
+    def _receive(self) -> None:
+        self._woken = False
+        for future, result in _drained(self._incoming):
+            if not future.done():
+                future.set_result(result)
+
+
+def _drained(queue: deque[T]) -> Iterator[T]:
+    while queue:
+        yield queue.popleft()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=IoThread.forget)

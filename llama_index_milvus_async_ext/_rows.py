@@ -1,0 +1,206 @@
+"""From a node to the row that stores it, checked before anything is sent."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from typing import Any
+
+import numpy as np
+import orjson
+from llama_index.core.schema import BaseNode
+from pymilvus import DataType
+
+from llama_index_milvus_async_ext._wire import DYNAMIC_FIELD, Row, Schema
+
+ID_FIELD = "id"
+# Milvus stores the dynamic fields of a row as one JSON value, of this many bytes at the most (measured: 65,536 pass).
+MAX_DYNAMIC_BYTES = 65_536
+_DEFAULT_MAX_LENGTH = 65_535
+
+_encode_json = json.JSONEncoder(ensure_ascii=False).encode
+_PYTHON_TYPES: dict[DataType, tuple[type, ...]] = {
+    DataType.BOOL: (bool, np.bool_),
+    DataType.INT8: (int, np.integer),
+    DataType.INT16: (int, np.integer),
+    DataType.INT32: (int, np.integer),
+    DataType.INT64: (int, np.integer),
+    DataType.FLOAT: (int, float, np.number),
+    DataType.DOUBLE: (int, float, np.number),
+    DataType.VARCHAR: (str,),
+}
+_INTEGER_BITS = {DataType.INT8: 8, DataType.INT16: 16, DataType.INT32: 32, DataType.INT64: 64}
+
+
+class RowEncoder:
+    """Encodes the nodes of one collection.
+
+        row, nbytes = RowEncoder(schema, text_key="text", ...).encode(node)
+
+    The stored form is that of upstream's `MilvusVectorStore`, to the byte. Errors name the node, say what is wrong
+    and what to do.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        *,
+        text_key: str,
+        doc_id_field: str,
+        embedding_field: str | None,
+        sparse_field: str | None = None,
+    ) -> None:
+        """Prepare for a collection.
+
+        Args:
+            schema: The collection.
+            text_key: Column of the text.
+            doc_id_field: Column of the id of the node's document.
+            embedding_field: Column of the dense vector, if there is one.
+            sparse_field: Column of a sparse vector that the client computes, if there is one.
+        """
+        self._schema = schema
+        self._text_key = text_key
+        self._doc_id_field = doc_id_field
+        self._embedding_field = embedding_field
+        self._sparse_field = sparse_field
+        self._dim = int(schema.params(embedding_field).get("dim", 0)) if embedding_field else 0
+        self._pack = struct.Struct(f"<{self._dim}f").pack
+        self._columns = {f["name"] for f in schema.fields}
+        self._forbidden = schema.function_outputs | {DYNAMIC_FIELD}
+        self._scalars = [
+            (f["name"], f["type"], int(f.get("params", {}).get("max_length", _DEFAULT_MAX_LENGTH)))
+            for f in schema.fields
+            if f["type"] in _PYTHON_TYPES and not f.get("nullable") and f.get("default_value") is None
+        ]
+
+    def encode(self, node: BaseNode, sparse: dict[int, float] | None = None) -> tuple[Row, int]:
+        """The row of a node, and its size in bytes.
+
+        Args:
+            node: The node; its embedding is taken from `node.embedding`.
+            sparse: Its sparse vector, where the client computes one.
+
+        Raises:
+            ValueError: The node can't be stored.
+        """
+        vector = self._vector(node) if self._embedding_field else None
+        entity = self._entity(node)
+        if self._embedding_field:
+            entity[self._embedding_field] = node.embedding
+        if self._sparse_field:
+            entity[self._sparse_field] = sparse
+        nbytes = sum(self._checked_size(node, entity, *scalar) for scalar in self._scalars)
+        dynamic = self._dynamic(node, entity)
+        nbytes += len(dynamic) + (len(vector) if vector else 0) + 8 * len(sparse or ())
+        return Row(entity, dynamic, vector), nbytes
+
+    def _vector(self, node: BaseNode) -> bytes:
+        embedding = node.embedding
+        if embedding is None:
+            raise _refused(
+                node,
+                "it has no embedding",
+                "give the pipeline or the writer an embed_model, or set node.embedding",
+            )
+        if len(embedding) != self._dim:
+            raise _refused(
+                node,
+                f"its embedding has {len(embedding)} dimensions, the collection has {self._dim}",
+                "use the embedding model that the collection was made for, or another collection",
+            )
+        try:
+            packed = self._pack(*embedding)
+        except (struct.error, OverflowError, TypeError) as error:
+            raise _refused(node, f"its embedding does not fit float32 ({error})", "check the embedding model") from None
+        values = np.frombuffer(packed, dtype="<f4")
+        # The square is finite for nearly every vector: one cheap look instead of one at each number.
+        if not math.isfinite(float(np.dot(values, values))) and not np.isfinite(values).all():
+            raise _refused(node, "its embedding holds NaN or infinity", "check the embedding model")
+        return packed
+
+    def _entity(self, node: BaseNode) -> dict[str, Any]:
+        # As upstream's node_to_metadata_dict does it, but the embedding is never serialised.
+        try:
+            dumped = node.model_dump(mode="json", exclude={"embedding"})
+        except Exception as error:
+            raise _refused(node, f"it can't be serialised as JSON ({error})", "check its metadata") from None
+        entity: dict[str, Any] = dumped.get("metadata", {})
+        text = dumped.get("text")
+        if text is None:
+            text = node.get_content()
+        content: dict[str, Any] = {"id_": dumped.pop("id_"), "embedding": None, **dumped}
+        if self._text_key in content:
+            content[self._text_key] = ""
+        content.pop("text_resource", None)
+        doc_id = node.ref_doc_id or "None"
+        try:
+            node_content = _encode_json(content)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _refused(node, f"its metadata can't be stored ({error})", "use plain JSON values") from None
+        # `content` holds the same metadata object: it is extended only now, after it was encoded.
+        entity["_node_content"] = node_content
+        entity["_node_type"] = node.class_name()
+        entity["document_id"] = entity["doc_id"] = entity["ref_doc_id"] = doc_id
+        if self._doc_id_field != "doc_id":
+            entity[self._doc_id_field] = doc_id
+        entity[self._text_key] = text
+        entity[ID_FIELD] = node.node_id
+        return entity
+
+    def _checked_size(self, node: BaseNode, entity: dict[str, Any], name: str, kind: DataType, limit: int) -> int:
+        value: Any = entity.get(name)
+        if value is None:
+            raise _refused(
+                node, f"its metadata has no {name!r}, which is a column of the collection", f"set metadata[{name!r}]"
+            )
+        known: Any = _PYTHON_TYPES[kind]
+        if not isinstance(value, known) or (kind != DataType.BOOL and isinstance(value, bool)):
+            raise _refused(
+                node,
+                f"column {name!r} holds {kind.name} values, but its value is of type {type(value).__name__}",
+                f"convert metadata[{name!r}]",
+            )
+        if kind == DataType.VARCHAR:
+            try:
+                nbytes = len(value.encode("utf-8"))
+            except UnicodeEncodeError as error:
+                raise _refused(node, f"its {name!r} is not valid Unicode ({error})", "repair the text") from None
+            if nbytes > limit:
+                raise _refused(
+                    node,
+                    f"its {name!r} has {nbytes} bytes in UTF-8, and the column takes {limit}",
+                    "split it into smaller nodes" if name == self._text_key else "shorten it",
+                )
+            return nbytes
+        bits = _INTEGER_BITS.get(kind)
+        if bits and not -(1 << (bits - 1)) <= value < 1 << (bits - 1):
+            raise _refused(node, f"its {name!r}, {value}, is too large for {kind.name}", "use a smaller number")
+        return 8
+
+    def _dynamic(self, node: BaseNode, entity: dict[str, Any]) -> bytes:
+        forbidden = self._forbidden.intersection(entity)
+        if forbidden:
+            name = forbidden.pop()
+            raise _refused(node, f"its metadata has the key {name!r}, which Milvus fills itself", "rename the key")
+        columns = self._columns
+        rest = {key: value for key, value in entity.items() if key not in columns}
+        if not self._schema.dynamic:
+            return b""
+        try:
+            dynamic = orjson.dumps(rest)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _refused(node, f"its metadata can't be stored as JSON ({error})", "use plain JSON values") from None
+        if len(dynamic) > MAX_DYNAMIC_BYTES:
+            raise _refused(
+                node,
+                f"its metadata and relationships take {len(dynamic)} bytes as JSON, and Milvus stores "
+                f"{MAX_DYNAMIC_BYTES} (each metadata value is stored twice)",
+                "store less metadata",
+            )
+        return dynamic
+
+
+def _refused(node: BaseNode, problem: str, remedy: str) -> ValueError:
+    return ValueError(f"node {node.node_id[:80]!r} can't be stored: {problem}; {remedy}")

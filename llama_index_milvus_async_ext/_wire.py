@@ -1,0 +1,592 @@
+"""Requests to Milvus and answers from it: the one module that uses internals of pymilvus.
+
+What is internal: the connection's gRPC stub, the request builders (`Prepare`), the generated protobuf types and the
+cache of session timestamps. `Schema.fast` says whether this module's own row encoder gives the same request as
+pymilvus; where it does not, or where pymilvus no longer has the stub, pymilvus's public way is taken instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import grpc
+import orjson
+from pymilvus import AnnSearchRequest, DataType, MilvusClient
+from pymilvus.client import entity_helper, ts_utils
+from pymilvus.client.prepare import Prepare
+from pymilvus.client.search_result import SearchResult
+from pymilvus.exceptions import MilvusException
+from pymilvus.grpc_gen import milvus_pb2, schema_pb2
+
+from llama_index_milvus_async_ext.retry import RpcFailure, StatusFailure
+
+logger = logging.getLogger(__name__)
+
+DYNAMIC_FIELD = "$meta"
+_LITE_KEEPALIVE_MS = 600_000
+_SCALAR_ATTRIBUTES = {
+    DataType.BOOL: "bool_data",
+    DataType.INT8: "int_data",
+    DataType.INT16: "int_data",
+    DataType.INT32: "int_data",
+    DataType.INT64: "long_data",
+    DataType.FLOAT: "float_data",
+    DataType.DOUBLE: "double_data",
+    DataType.VARCHAR: "string_data",
+}
+
+
+# --- what pymilvus logs
+
+_silenced = threading.local()
+_NOISY_LOGGERS = (
+    "pymilvus.decorators",
+    "pymilvus.client.connection_manager",
+    "pymilvus.client.grpc_handler",
+    "milvus_lite.server_manager",
+)
+
+
+class _MendableFailuresFilter(logging.Filter):
+    """Drops pymilvus's traceback for a failure that is about to be retried or raised by this package."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not getattr(_silenced, "on", False)
+
+
+@contextlib.contextmanager
+def silence_pymilvus() -> Any:
+    """Keep pymilvus from logging the failures of calls made inside, in this thread only.
+
+    Their errors reach the caller in any case, who knows whether a further attempt mends them.
+    """
+    for name in _NOISY_LOGGERS:
+        source = logging.getLogger(name)
+        if not any(isinstance(known, _MendableFailuresFilter) for known in source.filters):
+            source.addFilter(_MendableFailuresFilter())
+    before = getattr(_silenced, "on", False)
+    _silenced.on = True
+    try:
+        yield
+    finally:
+        _silenced.on = before
+
+
+# --- rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, ready to be put into a request.
+
+    Attributes:
+        entity: Column values and dynamic fields by name, as pymilvus takes them (the dense vector as floats).
+        dynamic: The dynamic fields as JSON.
+        vector: The dense vector as packed little-endian float32, or None if the collection has none.
+    """
+
+    entity: dict[str, Any]
+    dynamic: bytes
+    vector: bytes | None
+
+
+@dataclass(eq=False)
+class Schema:
+    """What the row path needs to know of a collection.
+
+    Attributes:
+        described: The collection as Milvus describes it.
+        fields: The fields that a row must bring, in the collection's order.
+        fast: Whether rows are encoded here; None until the first row was encoded both ways and compared.
+    """
+
+    described: dict[str, Any]
+    fields: list[dict[str, Any]] = field(init=False)
+    fast: bool | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        everything = self.described["fields"]
+        self.fields = [f for f in everything if not f.get("auto_id") and not f.get("is_function_output")]
+        vectors = [f for f in self.fields if f["type"] == DataType.FLOAT_VECTOR]
+        known = {*_SCALAR_ATTRIBUTES, DataType.FLOAT_VECTOR, DataType.SPARSE_FLOAT_VECTOR}
+        simple = (
+            self.dynamic
+            and len(vectors) <= 1
+            and not self.described.get("struct_array_fields")
+            and not any(f.get("auto_id") for f in everything)
+            and all(
+                f["type"] in known and not f.get("nullable") and f.get("default_value") is None for f in self.fields
+            )
+        )
+        self.fast = None if simple else False
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether fields outside the schema are stored."""
+        return bool(self.described.get("enable_dynamic_field"))
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all fields, those that a function fills included."""
+        return {f["name"] for f in self.described["fields"]}
+
+    @property
+    def function_outputs(self) -> set[str]:
+        """Names of the fields that Milvus fills itself."""
+        return {f["name"] for f in self.described["fields"] if f.get("is_function_output")}
+
+    def params(self, name: str) -> dict[str, Any]:
+        """Type parameters of a field, such as `dim` or `max_length`; empty for an unknown one."""
+        return next((f.get("params", {}) for f in self.described["fields"] if f["name"] == name), {})
+
+
+def write_request(collection: str, partition: str, schema: Schema, rows: Sequence[Row], upsert: bool) -> Any:
+    """Build an InsertRequest or UpsertRequest.
+
+    The first rows of a schema are built both here and by pymilvus; only if the two are equal does the quick way
+    stay in use for it.
+    """
+    if schema.fast is None:
+        sample = rows[:1]
+        try:
+            ours = _columnar_request(collection, partition, schema, sample, upsert)
+            schema.fast = bool(ours == _pymilvus_request(collection, partition, schema, sample, upsert))
+        except Exception as error:  # whatever the reason, pymilvus's own way is there
+            logger.debug("row encoder is not used for %r: %s", collection, error)
+            return _pymilvus_request(collection, partition, schema, rows, upsert)
+        if not schema.fast:
+            logger.debug("row encoder and pymilvus differ for %r: pymilvus is used", collection)
+    build = _columnar_request if schema.fast else _pymilvus_request
+    return build(collection, partition, schema, rows, upsert)
+
+
+def _columnar_request(collection: str, partition: str, schema: Schema, rows: Sequence[Row], upsert: bool) -> Any:
+    kind = milvus_pb2.UpsertRequest if upsert else milvus_pb2.InsertRequest
+    request = kind(
+        collection_name=collection,
+        partition_name=partition,
+        num_rows=len(rows),
+        schema_timestamp=schema.described.get("update_timestamp", 0),
+    )
+    for info in schema.fields:
+        name, kind_of_field = info["name"], info["type"]
+        column = request.fields_data.add(field_name=name, type=int(kind_of_field))
+        if kind_of_field == DataType.FLOAT_VECTOR:
+            packed = b"".join([row.vector for row in rows if row.vector is not None])
+            column.vectors.dim = len(packed) // (4 * len(rows))
+            column.vectors.float_vector.MergeFromString(b"\x0a" + _varint(len(packed)) + packed)
+        elif kind_of_field == DataType.SPARSE_FLOAT_VECTOR:
+            for row in rows:
+                entity_helper.pack_field_value_to_field_data(row.entity[name], column, info, {})
+        else:
+            values = getattr(column.scalars, _SCALAR_ATTRIBUTES[kind_of_field]).data
+            values.extend([row.entity[name] for row in rows])
+    column = request.fields_data.add(field_name=DYNAMIC_FIELD, is_dynamic=True, type=int(DataType.JSON))
+    column.scalars.json_data.data.extend([row.dynamic for row in rows])
+    return request
+
+
+def _pymilvus_request(collection: str, partition: str, schema: Schema, rows: Sequence[Row], upsert: bool) -> Any:
+    build = Prepare.row_upsert_param if upsert else Prepare.row_insert_param
+    return build(
+        collection,
+        [row.entity for row in rows],
+        partition,
+        schema.described["fields"],
+        schema.described.get("struct_array_fields"),
+        enable_dynamic=schema.dynamic,
+        schema_timestamp=schema.described.get("update_timestamp", 0),
+    )
+
+
+def _varint(value: int) -> bytes:
+    parts = bytearray()
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    parts.append(value)
+    return bytes(parts)
+
+
+# --- searches
+
+
+@dataclass(frozen=True)
+class SearchGroup:
+    """What searches must have in common to share a request: all but the query itself.
+
+    `search_params` and `ranker` are the JSON of what upstream passes, so that the whole is hashable.
+    """
+
+    collection: str
+    field_name: str
+    limit: int
+    expression: str
+    output_fields: tuple[str, ...]
+    search_params: bytes
+    partitions: tuple[str, ...] | None = None
+    hybrid: HybridGroup | None = None
+    consistency_level: str | None = None
+
+
+@dataclass(frozen=True)
+class HybridGroup:
+    """The second, sparse half of hybrid searches, and how the two halves are ranked together."""
+
+    field_name: str
+    search_params: bytes
+    ranker: str
+    ranker_params: bytes
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The hits of one query: parallel lists, best first; `entities` holds the output fields of each hit."""
+
+    ids: list[str]
+    scores: list[float]
+    entities: list[dict[str, Any]]
+
+
+def search_request(group: SearchGroup, queries: Sequence[Any], session_timestamp: int, ranker: Any = None) -> Any:
+    """Build a SearchRequest, or a HybridSearchRequest, with one query vector (or text) per query.
+
+    Args:
+        group: What the queries share.
+        queries: Vectors or texts; for hybrid, pairs of a dense vector and a sparse one (or text).
+        session_timestamp: The last write of this process to the collection, for Session consistency.
+        ranker: The ranker of a hybrid search.
+    """
+    consistency: dict[str, Any] = {"guarantee_timestamp": session_timestamp or ts_utils.get_eventually_ts()}
+    partitions = list(group.partitions) if group.partitions is not None else None
+    if group.hybrid is None:
+        return Prepare.search_requests_with_expr(
+            collection_name=group.collection,
+            data=list(queries),
+            anns_field=group.field_name,
+            param=orjson.loads(group.search_params),
+            limit=group.limit,
+            expr=group.expression,
+            partition_names=partitions,
+            output_fields=list(group.output_fields),
+            use_default_consistency=True,
+            **consistency,
+        )
+    halves = [
+        (group.field_name, group.search_params, [dense for dense, _ in queries]),
+        (group.hybrid.field_name, group.hybrid.search_params, [sparse for _, sparse in queries]),
+    ]
+    requests = []
+    for field_name, params, vectors in halves:
+        half = AnnSearchRequest(vectors, field_name, orjson.loads(params), group.limit, expr=group.expression)
+        requests.append(
+            Prepare.search_requests_with_expr(
+                collection_name=group.collection,
+                data=half.data,
+                anns_field=half.anns_field,
+                param=half.param,
+                limit=half.limit,
+                expr=half.expr,
+                partition_names=partitions,
+                expr_params=half.expr_params,
+                use_default_consistency=True,
+                **consistency,
+            )
+        )
+    return Prepare.hybrid_search_request_with_ranker(
+        group.collection,
+        requests,
+        ranker,
+        group.limit,
+        partitions,
+        list(group.output_fields),
+        use_default_consistency=True,
+        **consistency,
+    )
+
+
+def hits_of(results: Any, wanted: Sequence[str]) -> list[Hits]:
+    """Decode the hits of each query, in the order of the queries.
+
+    Args:
+        results: A `SearchResultData` message.
+        wanted: The output fields that were asked for.
+    """
+    quick = _quick_columns(results, wanted)
+    if quick is None:
+        return [
+            Hits(list(hits.ids), list(hits.distances), [hit["entity"] for hit in hits])
+            for hits in SearchResult(results)
+        ]
+    ids = list(results.ids.str_id.data)
+    scores = list(results.scores)
+    found = []
+    start = 0
+    for count in results.topks:
+        end = start + count
+        entities = [{name: values[i] for name, values in quick[0].items()} for i in range(start, end)]
+        for entity, dynamic in zip(entities, quick[1][start:end], strict=False):
+            entity.update(orjson.loads(dynamic))
+        found.append(Hits(ids[start:end], scores[start:end], entities))
+        start = end
+    return found
+
+
+def _quick_columns(results: Any, wanted: Sequence[str]) -> tuple[dict[str, list[str]], list[bytes]] | None:
+    """The columns of an answer that holds nothing but text and dynamic fields; None for any other."""
+    if "*" in wanted or results.HasField("element_indices") or results.highlight_results:
+        return None
+    if not results.ids.HasField("str_id") and any(results.topks):
+        return None
+    columns: dict[str, list[str]] = {}
+    dynamic: list[bytes] = []
+    for column in results.fields_data:
+        if column.valid_data:
+            return None
+        if column.type == schema_pb2.DataType.VarChar:
+            columns[column.field_name] = list(column.scalars.string_data.data)
+        elif column.type == schema_pb2.DataType.JSON and column.is_dynamic:
+            dynamic = list(column.scalars.json_data.data)
+        else:
+            return None
+    return columns, dynamic
+
+
+# --- connections
+
+
+class ConnectionSettings:
+    """Where to connect, and as whom; equal settings may share a connection.
+
+    The token and the other options never show in the `repr`.
+
+    Args:
+        uri: Path of a Milvus Lite file (ending in ".db"), or address of a server. User and password in it are moved
+            into the token.
+        token: API key, or "user:password".
+        options: Further arguments of `MilvusClient`.
+        served_at: For a Milvus Lite file, the address at which another process serves it, for when it can't be
+            opened here.
+    """
+
+    def __init__(
+        self, uri: str, token: str = "", options: Mapping[str, Any] | None = None, served_at: str | None = None
+    ) -> None:
+        parsed = urlsplit(uri)
+        if parsed.scheme in ("http", "https", "tcp") and parsed.username:
+            token = token or ":".join(filter(None, (parsed.username, parsed.password)))
+            uri = urlunsplit(parsed._replace(netloc=parsed.netloc.rpartition("@")[2]))
+        if uri.endswith(".db"):
+            uri = str(Path(uri).absolute())
+        self.uri = uri
+        self.served_at = served_at
+        self.token = token
+        self.options = dict(options or {})
+        if self.is_file:
+            # Milvus Lite answers the ten-second pings of pymilvus with "too many pings" on stderr.
+            self.options.setdefault("grpc_options", {"grpc.keepalive_time_ms": _LITE_KEEPALIVE_MS})
+        self._key = (uri, token, repr(sorted(self.options.items())))
+
+    @classmethod
+    def of_client(cls, client: MilvusClient) -> ConnectionSettings:
+        """The settings that a pymilvus client was made with."""
+        config: Any = client._config
+        options = dict(config.handler_kwargs)
+        if config.db_name:
+            options["db_name"] = config.db_name
+        return cls(_lite_file_at(config.address) or config.uri, config.token, options)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether this is a Milvus Lite file, served within a process."""
+        return self.uri.endswith(".db")
+
+    def client(self, uri: str | None = None) -> MilvusClient:
+        """A pymilvus client with a connection of its own.
+
+        pymilvus would share one by address and token, whatever the TLS settings.
+        """
+        return MilvusClient(uri=uri or self.uri, token=self.token, **{"dedicated": True, **self.options})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ConnectionSettings) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return f"ConnectionSettings({self.uri!r})"
+
+
+def _lite_file_at(address: str) -> str | None:
+    """The file of the Milvus Lite server that this process runs at an address."""
+    try:
+        from milvus_lite.server_manager import server_manager_instance
+
+        servers = dict(server_manager_instance._servers)
+    except (ImportError, AttributeError):
+        return None
+    return next((path for path, (*_, port) in servers.items() if address == f"127.0.0.1:{port}"), None)
+
+
+class Connection:
+    """One connection to Milvus; all methods are called from one event loop.
+
+    gRPC's callback-driven client carries the requests: no loop of its own, so several event loops don't disturb
+    each other, and it works in a forked child.
+    """
+
+    def __init__(self, settings: ConnectionSettings) -> None:
+        self.uri = settings.uri
+        with silence_pymilvus():
+            try:
+                self.client = settings.client()
+            except MilvusException:
+                if settings.served_at is None:
+                    raise
+                self.uri = f"http://{settings.served_at}"
+                self.client = settings.client(self.uri)
+        self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="milvus-call")
+        self._schemas: dict[str, Schema] = {}
+        self._db_name: str = getattr(getattr(self.client, "_config", None), "db_name", "")
+
+    @property
+    def address(self) -> str:
+        """Host and port that requests go to."""
+        handler = getattr(self.client, "_handler", None)
+        return str(getattr(handler, "server_address", ""))
+
+    def server_version(self) -> str:
+        """What the server says of its version; empty if it does not say."""
+        with silence_pymilvus():
+            try:
+                return str(self.client.get_server_version(timeout=10))
+            except Exception:
+                return ""
+
+    async def in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a blocking call of the public client in a thread, its failures unlogged."""
+
+        def quietly() -> Any:
+            with silence_pymilvus():
+                return function(*args, **kwargs)
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, quietly)
+
+    async def schema(self, collection: str, timeout: float) -> Schema:
+        """The collection's schema, asked for once."""
+        known = self._schemas.get(collection)
+        if known is None:
+            known = await self.in_thread(self.fetch_schema, collection, timeout)
+        return known
+
+    def known_schema(self, collection: str) -> Schema | None:
+        """The collection's schema, if it has been asked for."""
+        return self._schemas.get(collection)
+
+    def fetch_schema(self, collection: str, timeout: float) -> Schema:
+        """The collection's schema, asked for now; blocks."""
+        described = self.client.describe_collection(collection, timeout=timeout)
+        known = self._schemas.get(collection)
+        if known is None or known.described != described:
+            known = self._schemas[collection] = Schema(described)
+        return known
+
+    def forget_schema(self, collection: str) -> None:
+        """Ask for the schema again next time."""
+        self._schemas.pop(collection, None)
+
+    async def write(
+        self, collection: str, partition: str, schema: Schema, rows: Sequence[Row], upsert: bool, timeout: float
+    ) -> None:
+        """Insert or upsert rows in one request.
+
+        Raises:
+            StatusFailure: Milvus rejected the request.
+            RpcFailure: gRPC could not carry it, or its answer.
+        """
+        method = "Upsert" if upsert else "Insert"
+        if self._stub() is None:
+            call = self.client.upsert if upsert else self.client.insert
+            entities = [row.entity for row in rows]
+            await self.in_thread(call, collection, entities, timeout=timeout, partition_name=partition)
+            return
+        request = write_request(collection, partition, schema, rows, upsert)
+        answer = await self._call(method, request, timeout)
+        self._check(answer.status, collection)
+        ts_utils.update_collection_ts(collection, answer.timestamp, self.address, self._db_name)
+
+    async def search(self, group: SearchGroup, queries: Sequence[Any], ranker: Any, timeout: float) -> list[Hits]:
+        """Search for each query; the answer has one `Hits` per query, in their order.
+
+        Raises:
+            StatusFailure: Milvus rejected the request.
+            RpcFailure: gRPC could not carry it, or its answer.
+        """
+        session = ts_utils.get_collection_ts(group.collection, self.address, self._db_name)
+        request = search_request(group, queries, session, ranker)
+        method = "Search" if group.hybrid is None else "HybridSearch"
+        answer = await self._call(method, request, timeout)
+        self._check(answer.status, group.collection)
+        found = hits_of(answer.results, group.output_fields)
+        # Milvus leaves the list of counts out when no query has a hit.
+        return found if found else [Hits([], [], []) for _ in queries]
+
+    def close(self) -> None:
+        """Close the connection and its threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.client.close()
+
+    def _stub(self) -> Any:
+        return getattr(getattr(self.client, "_handler", None), "_stub", None)
+
+    async def _call(self, method: str, request: Any, timeout: float) -> Any:
+        metadata = [("dbname", self._db_name)] if self._db_name else None
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+
+        def deliver(call: Any) -> None:
+            if answer.done():
+                return
+            try:
+                error = call.exception()
+            except grpc.FutureCancelledError:  # the connection was closed under the request
+                error = RpcFailure("CANCELLED", "the connection was closed")
+            if error is None:
+                answer.set_result(call.result())
+            elif isinstance(error, grpc.RpcError):
+                answer.set_exception(RpcFailure.from_grpc(error))
+            else:
+                answer.set_exception(error)
+
+        def arrived(call: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+                loop.call_soon_threadsafe(deliver, call)
+
+        try:
+            call = getattr(self._stub(), method).future(request, timeout=timeout, metadata=metadata)
+        except ValueError as error:  # a closed channel says so like this
+            raise RpcFailure("UNAVAILABLE", str(error), sent=False) from None
+        call.add_done_callback(arrived)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+
+    def _check(self, status: Any, collection: str) -> None:
+        if status.code == 0 and status.error_code == 0:
+            return
+        failure = StatusFailure(status.code, status.reason, status.error_code, bool(status.retriable))
+        if failure.schema_is_stale:
+            self.forget_schema(collection)
+        raise failure

@@ -1,0 +1,107 @@
+"""What became of every node of a write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from llama_index.core.schema import BaseNode
+
+_EXAMPLES_IN_MESSAGE = 3
+
+
+@dataclass(frozen=True)
+class FailedNode:
+    """A node that was not written, or of which nobody knows.
+
+    Attributes:
+        node: The node as it was handed in.
+        error: Why: a `ValueError` for a node that can't be stored, else the error that Milvus or the connection gave.
+        attempts: How many requests carried the node; 0 for one that was refused before anything was sent.
+        retryable: Whether writing the same node again may succeed. To try all of them again:
+            `await store.awrite([f.node for f in report.failed if f.retryable])`.
+    """
+
+    node: BaseNode
+    error: BaseException
+    attempts: int
+    retryable: bool
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """The outcome of one write: each input node stands in exactly one of the three lists.
+
+    Attributes:
+        written: Ids that Milvus has acknowledged, in input order.
+        failed: Nodes that are not stored by this write, in input order.
+        unknown: Nodes whose request may or may not have landed (its answer was lost, and no later attempt settled
+            it, or the write was cancelled), in input order. Writing them again with `upsert_mode=True` is safe.
+        retries: Requests that were sent again, after the first attempt, for any of these nodes.
+        elapsed_seconds: Wall time of the write.
+    """
+
+    written: list[str] = field(default_factory=list)
+    failed: list[FailedNode] = field(default_factory=list)
+    unknown: list[FailedNode] = field(default_factory=list)
+    retries: int = 0
+    elapsed_seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether every node was written."""
+        return not self.failed and not self.unknown
+
+    @classmethod
+    def merged(cls, reports: Iterable[WriteReport], elapsed_seconds: float) -> WriteReport:
+        """The report of a write that was made in several parts, given in input order."""
+        total = cls(elapsed_seconds=elapsed_seconds)
+        retries = 0
+        for report in reports:
+            total.written.extend(report.written)
+            total.failed.extend(report.failed)
+            total.unknown.extend(report.unknown)
+            retries += report.retries
+        return replace(total, retries=retries)
+
+    def raise_for_failures(self) -> None:
+        """Raise `WriteError` unless every node was written.
+
+        Raises:
+            WriteError: Some nodes failed or are unknown; the error carries this report.
+        """
+        if not self.ok:
+            raise WriteError(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"WriteReport(written={len(self.written)}, failed={len(self.failed)}, unknown={len(self.unknown)}, "
+            f"retries={self.retries}, elapsed_seconds={self.elapsed_seconds:.3f})"
+        )
+
+
+class WriteError(Exception):
+    """Some nodes were not written; everything that could be written was written first.
+
+    Attributes:
+        report: The `WriteReport` of the write, with the nodes and their errors.
+    """
+
+    def __init__(self, report: WriteReport) -> None:
+        super().__init__(report)
+        self.report = report
+
+    def __str__(self) -> str:
+        report = self.report
+        lost = [*report.failed, *report.unknown]
+        total = len(report.written) + len(lost)
+        lines = [
+            f"{len(lost)} of {total} nodes were not written for certain "
+            f"({len(report.failed)} failed, {len(report.unknown)} unknown):"
+        ]
+        for failed in lost[:_EXAMPLES_IN_MESSAGE]:
+            lines.append(f"  node {failed.node.node_id[:80]!r}: {failed.error}")
+        if len(lost) > _EXAMPLES_IN_MESSAGE:
+            lines.append(f"  and {len(lost) - _EXAMPLES_IN_MESSAGE} more")
+        lines.append("All of them, with their errors, are in the .report of this error.")
+        return "\n".join(lines)

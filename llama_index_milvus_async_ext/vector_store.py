@@ -1,0 +1,849 @@
+"""The drop-in vector store: upstream's `MilvusVectorStore`, with bounded, batched and retried requests."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.schema import BaseNode
+from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryResult
+from llama_index.core.vector_stores.utils import DEFAULT_DOC_ID_KEY, DEFAULT_EMBEDDING_KEY, DEFAULT_TEXT_KEY
+from llama_index.vector_stores.milvus import IndexManagement, MilvusVectorStore
+from llama_index.vector_stores.milvus.base import similarity_metrics_map
+from llama_index.vector_stores.milvus.utils import DEFAULT_SPARSE_EMBEDDING_KEY, BaseSparseEmbeddingFunction
+from llama_index_instrumentation import get_dispatcher
+from pymilvus import AsyncMilvusClient, DataType, MilvusClient
+
+from llama_index_milvus_async_ext._endpoint import Endpoint, Limits, WriteTarget
+from llama_index_milvus_async_ext._filters import filter_expression, ids_expression
+from llama_index_milvus_async_ext._io import IoThread
+from llama_index_milvus_async_ext._lane import Lane, Submission
+from llama_index_milvus_async_ext._search import (
+    SearchPlan,
+    check_mode,
+    needs_sparse,
+    plan_search,
+    result_of,
+    stored_node,
+)
+from llama_index_milvus_async_ext._wire import ConnectionSettings, Schema, silence_pymilvus
+from llama_index_milvus_async_ext.events import MilvusWriteEvent
+from llama_index_milvus_async_ext.report import FailedNode, WriteReport
+from llama_index_milvus_async_ext.retry import RetryPolicy
+
+logger = logging.getLogger(__name__)
+dispatcher = get_dispatcher(__name__)
+T = TypeVar("T")
+
+_IDS_PER_REQUEST = 1_000
+
+
+@dataclass(frozen=True)
+class StoreStatistics:
+    """What has gone to a store's endpoint, and what is on its way there now.
+
+    Stores with the same connection settings share an endpoint, and these numbers.
+
+    Attributes:
+        requests: Requests sent, repeated ones included.
+        rows: Rows in them.
+        queries: Queries in them.
+        retries: Requests that were sent again.
+        in_flight: Requests without an answer yet.
+        waiting: Rows, queries and other calls that wait to be sent.
+        limit: Requests that may be in flight now; falls when the server is overloaded, and grows back.
+    """
+
+    requests: int
+    rows: int
+    queries: int
+    retries: int
+    in_flight: int
+    waiting: int
+    limit: int
+
+
+class AsyncMilvusVectorStore(MilvusVectorStore):
+    """A `MilvusVectorStore` that is fast under concurrency and loses nothing.
+
+        store = AsyncMilvusVectorStore(uri="./milvus.db", dim=384)
+        context = StorageContext.from_defaults(vector_store=store)
+        index = VectorStoreIndex.from_documents(documents, storage_context=context, use_async=True)
+
+    It takes every argument of upstream's store, and stores rows in the same form: a collection written by one is read
+    by the other. Concurrent calls, from any event loop or thread, travel together in few large requests; at most
+    `max_concurrency` requests are in flight; failed ones are retried; a row that Milvus can't take fails alone.
+
+    Args:
+        uri: Path of a Milvus Lite file (ending in ".db") or address of a server, as upstream. A user and password in
+            it are used as the token.
+        token: API key or "user:password", as upstream. Never shown or serialised, except in a pickle.
+        upsert_mode: Whether rows replace earlier ones of the same id. True here (upstream: False), so that a repeated
+            run does not store rows twice. With False the first attempt inserts; only an attempt that follows one whose
+            outcome is not known upserts.
+        dim, similarity_metric: As upstream; left out, those of an existing collection are taken.
+        max_concurrency: Requests in flight to the endpoint at the most, searches and writes together.
+        batch_size: Rows in one request at the most.
+        max_batch_bytes: Bytes of rows in one request at the most; Milvus takes 64 MiB.
+        max_batch_queries: Queries in one search request (nq) at the most; Milvus takes 16,384.
+        rpc_timeout_seconds: Bound on one attempt of one request.
+        retry: When and for how long failed requests are tried again.
+        **kwargs: All other arguments of `MilvusVectorStore` (`collection_name`, `overwrite`, `enable_sparse`,
+            `consistency_level`, ...) and of `pymilvus.MilvusClient` (`db_name`, `secure`, `server_pem_path`, ...).
+
+    Raises:
+        ConnectError: The server can't be reached or refuses the token, or another process holds the file.
+        ValueError: An argument is wrong, or the existing collection does not fit the arguments.
+    """
+
+    upsert_mode: bool = Field(default=True, description="Whether rows replace earlier ones of the same id.")
+    max_concurrency: int = Field(default=8, description="Requests in flight to the endpoint at the most.")
+    batch_size: int = Field(default=250, description="Rows in one request at the most.")
+    max_batch_bytes: int = Field(default=8 << 20, description="Bytes of rows in one request at the most.")
+    max_batch_queries: int = Field(default=100, description="Queries in one search request at the most.")
+    rpc_timeout_seconds: float = Field(default=30.0, description="Bound on one attempt of one request, in seconds.")
+    retry: RetryPolicy = Field(default_factory=RetryPolicy, description="When failed requests are tried again.")
+
+    _settings: ConnectionSettings = PrivateAttr()
+    _connected: _Connected | None = PrivateAttr(default=None)
+    _activity: _Activity = PrivateAttr(default_factory=lambda: _Activity())
+
+    def __init__(
+        self,
+        uri: str = "./milvus_llamaindex.db",
+        token: str = "",
+        collection_name: str = "llamacollection",
+        overwrite: bool = False,
+        upsert_mode: bool = True,
+        collection_properties: dict[str, Any] | None = None,
+        doc_id_field: str = DEFAULT_DOC_ID_KEY,
+        text_key: str = DEFAULT_TEXT_KEY,
+        scalar_field_names: list[str] | None = None,
+        scalar_field_types: list[DataType] | None = None,
+        enable_dense: bool = True,
+        dim: int | None = None,
+        embedding_field: str = DEFAULT_EMBEDDING_KEY,
+        enable_sparse: bool = False,
+        sparse_embedding_field: str = DEFAULT_SPARSE_EMBEDDING_KEY,
+        sparse_embedding_function: Any = None,
+        index_management: IndexManagement = IndexManagement.CREATE_IF_NOT_EXISTS,
+        batch_size: int = 250,
+        index_config: dict[str, Any] | None = None,
+        sparse_index_config: dict[str, Any] | None = None,
+        search_config: dict[str, Any] | None = None,
+        similarity_metric: str | None = None,
+        consistency_level: str = "Session",
+        output_fields: list[str] | None = None,
+        hybrid_ranker: str = "RRFRanker",
+        hybrid_ranker_params: dict[str, Any] | None = None,
+        use_async_client: bool = True,
+        *,
+        max_concurrency: int = 8,
+        max_batch_bytes: int = 8 << 20,
+        max_batch_queries: int = 100,
+        rpc_timeout_seconds: float = 30.0,
+        retry: RetryPolicy | None = None,
+        served_at: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        own = {
+            "max_concurrency": max_concurrency,
+            "batch_size": batch_size,
+            "max_batch_bytes": max_batch_bytes,
+            "max_batch_queries": max_batch_queries,
+            "rpc_timeout_seconds": rpc_timeout_seconds,
+        }
+        for name, value in own.items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        settings = ConnectionSettings(uri, token, kwargs, served_at)
+        endpoint = Endpoint.open(settings, _log_retry)
+        try:
+            with silence_pymilvus():
+                if not overwrite:
+                    wanted = [embedding_field] * enable_dense + [sparse_embedding_field] * enable_sparse
+                    dim, similarity_metric = _fitted(
+                        endpoint, collection_name, wanted, embedding_field, dim, similarity_metric
+                    )
+                super().__init__(
+                    uri=endpoint.uri,
+                    token=settings.token,
+                    collection_name=collection_name,
+                    overwrite=overwrite,
+                    upsert_mode=upsert_mode,
+                    collection_properties=collection_properties,
+                    doc_id_field=doc_id_field,
+                    text_key=text_key,
+                    scalar_field_names=scalar_field_names,
+                    scalar_field_types=scalar_field_types,
+                    enable_dense=enable_dense,
+                    dim=dim,
+                    embedding_field=embedding_field,
+                    enable_sparse=enable_sparse,
+                    sparse_embedding_field=sparse_embedding_field,
+                    sparse_embedding_function=sparse_embedding_function,
+                    index_management=index_management,
+                    batch_size=batch_size,
+                    index_config=index_config,
+                    sparse_index_config=sparse_index_config,
+                    search_config=search_config,
+                    similarity_metric=similarity_metric or "IP",
+                    consistency_level=consistency_level,
+                    output_fields=output_fields,
+                    hybrid_ranker=hybrid_ranker,
+                    hybrid_ranker_params=hybrid_ranker_params or {},
+                    use_async_client=use_async_client,
+                    **{"dedicated": True, **settings.options},
+                )
+                endpoint.connection.fetch_schema(collection_name, rpc_timeout_seconds)
+        except BaseException:
+            endpoint.close()
+            raise
+        for name, value in own.items():
+            setattr(self, name, value)
+        self.uri = settings.uri
+        self.retry = retry or RetryPolicy()
+        self._settings = settings
+        self._connected = _Connected(endpoint, self._milvusclient, self._async_milvusclient)
+        _close_with(self, self._connected)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name of the class, as LlamaIndex stores it."""
+        return "AsyncMilvusVectorStore"
+
+    @classmethod
+    def from_vector_store(cls, vector_store: MilvusVectorStore, **limits: Any) -> AsyncMilvusVectorStore:
+        """Take over a plain store: the same database, as the same user, and the same collection and settings.
+
+        Rows are upserted, whatever the plain store's `upsert_mode`: its default, False, doubles rows on a second run.
+
+        Args:
+            vector_store: The plain store; it stays usable. One of this class is returned as it is.
+            **limits: Arguments that this class adds, such as `max_concurrency`.
+        """
+        if isinstance(vector_store, cls):
+            return vector_store
+        settings = ConnectionSettings.of_client(vector_store.client)
+        arguments = _arguments(vector_store) | {"upsert_mode": True} | limits
+        arguments.setdefault("batch_size", 250)
+        return cls(uri=settings.uri, token=settings.token, **arguments, **settings.options)
+
+    # --- connections
+
+    @property
+    def client(self) -> MilvusClient:
+        """Pymilvus's client, for what this class does not offer."""
+        # Upstream's constructor asks for it before there is anything else.
+        return self._milvusclient if self._connected is None else self._live().client
+
+    @property
+    def aclient(self) -> AsyncMilvusClient | None:
+        """Pymilvus's async client; unlike this store it serves one event loop only."""
+        return self._live().async_client
+
+    def _live(self) -> _Connected:
+        connected = self._connected
+        assert connected is not None, "set at the end of __init__"
+        if connected.closed:
+            raise RuntimeError("this AsyncMilvusVectorStore is closed; make a new one")
+        if connected.pid != os.getpid():  # forked: nothing that was connected in the parent works here
+            connected = self._connected = _Connected.anew(self._settings, self.use_async_client)
+            _close_with(self, connected)
+        return connected
+
+    def close(self) -> None:
+        """Wait for the calls that are under way, then close the connection. May be called again."""
+        self._activity.end()
+        if self._connected is not None:
+            self._connected.close()
+
+    async def aclose(self) -> None:
+        """As `close`, without blocking the event loop."""
+        await asyncio.to_thread(self._activity.end)
+        if self._connected is not None:
+            self._connected.close()
+
+    def __enter__(self) -> AsyncMilvusVectorStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> AsyncMilvusVectorStore:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def statistics(self) -> StoreStatistics:
+        """What has gone to the endpoint so far, and what is on its way."""
+        endpoint = self._live().endpoint
+        counts = IoThread.get().call(endpoint.counts)
+        return StoreStatistics(**{name: counts[name] for name in StoreStatistics.__dataclass_fields__})
+
+    # --- copies
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # pydantic's way would drop what does not pickle, connect elsewhere and apply `overwrite` again.
+        served_at = self._live().endpoint.connection.address if self._settings.is_file else None
+        own = {name: getattr(self, name) for name in Limits.__dataclass_fields__}
+        arguments = _arguments(self) | own | {"served_at": served_at}
+        connection = (self._settings.uri, self._settings.token, self._settings.options)
+        return (_rebuilt, (type(self), connection, arguments))
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> AsyncMilvusVectorStore:
+        rebuild, arguments = self.__reduce_ex__(2)
+        copied: AsyncMilvusVectorStore = rebuild(*arguments)
+        return copied
+
+    def __copy__(self) -> AsyncMilvusVectorStore:
+        return self.__deepcopy__()
+
+    # --- writes
+
+    async def awrite(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> WriteReport:
+        """Write nodes, and report what became of each; raises for no node, only for misuse.
+
+            report = await store.awrite(nodes)
+            again = await store.awrite([f.node for f in report.failed + report.unknown if f.retryable])
+
+        Of several nodes with one id the last wins. If the call is cancelled, what was not sent fails and what was
+        under way is `unknown`; the report of it is in the attribute `report` of the `CancelledError`.
+
+        Args:
+            nodes: Nodes with embeddings.
+            **add_kwargs: `milvus_partition_name` (str), the partition to write to; `force_flush` (bool), whether to
+                have Milvus seal what was written (Milvus rations this to once in ten seconds).
+        """
+        nodes = list(nodes)
+        sparse = await self._asparse_of_nodes(nodes)
+        return await self._awrite(nodes, sparse, **add_kwargs)
+
+    def write(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> WriteReport:
+        """As `awrite`, blocking."""
+        nodes = list(nodes)
+        sparse = self._sparse_of_nodes(nodes)
+        return IoThread.get().run(self._awrite(nodes, sparse, **add_kwargs))
+
+    async def async_add(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> list[str]:
+        """Write nodes.
+
+        Args:
+            nodes: Nodes with embeddings.
+            **add_kwargs: As `awrite`.
+
+        Returns:
+            The ids, in the order of the nodes.
+
+        Raises:
+            WriteError: Some nodes were not written; all others were. The error carries the report.
+        """
+        report = await self.awrite(nodes, **add_kwargs)
+        report.raise_for_failures()
+        return report.written
+
+    def add(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> list[str]:
+        """As `async_add`, blocking."""
+        report = self.write(nodes, **add_kwargs)
+        report.raise_for_failures()
+        return report.written
+
+    def start_write(self, nodes: list[BaseNode]) -> Future[WriteReport]:
+        """Begin to write nodes, and return at once; the result is that of `write`."""
+        coroutine = self._awrite(nodes, self._sparse_of_nodes(nodes))
+        return asyncio.run_coroutine_threadsafe(coroutine, IoThread.get().loop)
+
+    async def _awrite(
+        self,
+        nodes: list[BaseNode],
+        sparse: list[Any],
+        milvus_partition_name: str | None = None,
+        force_flush: bool = False,
+        **_: Any,
+    ) -> WriteReport:
+        started = time.perf_counter()
+        with self._activity:
+            lane = await self._write_lane(milvus_partition_name or "")
+            values = list(zip(nodes, sparse, strict=True))
+            keys = [node.node_id for node in nodes]
+            try:
+                submission = await IoThread.get().submit(lane, values, keys)
+            except asyncio.CancelledError as cancelled:
+                interrupted = getattr(cancelled, "submission", None)
+                if interrupted is not None:
+                    cancelled.report = self._report(nodes, interrupted, started)  # type: ignore[attr-defined]
+                raise
+            if force_flush:
+                await self._acall(_flush(self.collection_name))
+        return self._report(nodes, submission, started)
+
+    async def _write_lane(self, partition: str) -> Lane[Any, None]:
+        target = WriteTarget(
+            collection=self.collection_name,
+            partition=partition,
+            upsert=self.upsert_mode,
+            text_key=self.text_key,
+            doc_id_field=self.doc_id_field,
+            embedding_field=self.embedding_field if self.enable_dense else None,
+            sparse_field=self.sparse_embedding_field if self._sparse_encoder() is not None else None,
+        )
+        schema = await self._aschema()
+        return self._live().endpoint.write_lane(target, schema, self._limits())
+
+    def _report(self, nodes: list[BaseNode], submission: Submission[Any], started: float) -> WriteReport:
+        report = WriteReport(retries=submission.retries, elapsed_seconds=time.perf_counter() - started)
+        for index, node in enumerate(nodes):
+            failure = submission.failures.get(index)
+            if failure is None:
+                report.written.append(node.node_id)
+            else:
+                failed = FailedNode(node, failure.error, failure.attempts, failure.retryable)
+                (report.unknown if failure.ambiguous else report.failed).append(failed)
+        dispatcher.event(
+            MilvusWriteEvent(
+                collection_name=self.collection_name,
+                written=len(report.written),
+                failed=len(report.failed),
+                unknown=len(report.unknown),
+                retries=report.retries,
+                elapsed_seconds=report.elapsed_seconds,
+            )
+        )
+        return report
+
+    def _sparse_encoder(self) -> BaseSparseEmbeddingFunction | None:
+        """The function that computes sparse vectors in the client; None if Milvus does, or there are none."""
+        function = self.sparse_embedding_function
+        return function if self.enable_sparse and isinstance(function, BaseSparseEmbeddingFunction) else None
+
+    async def _asparse_of_nodes(self, nodes: list[BaseNode]) -> list[Any]:
+        encoder = self._sparse_encoder()
+        if encoder is None or not nodes:
+            return [None] * len(nodes)
+        try:
+            return list(await encoder.async_encode_documents([node.get_content() for node in nodes]))
+        except Exception:
+            return self._sparse_one_by_one(encoder, nodes)
+
+    def _sparse_of_nodes(self, nodes: list[BaseNode]) -> list[Any]:
+        encoder = self._sparse_encoder()
+        if encoder is None or not nodes:
+            return [None] * len(nodes)
+        try:
+            return list(encoder.encode_documents([node.get_content() for node in nodes]))
+        except Exception:
+            return self._sparse_one_by_one(encoder, nodes)
+
+    @staticmethod
+    def _sparse_one_by_one(encoder: BaseSparseEmbeddingFunction, nodes: list[BaseNode]) -> list[Any]:
+        """Find the node that the batch failed for; its error takes the place of its vector."""
+        vectors: list[Any] = []
+        for node in nodes:
+            try:
+                vectors.append(encoder.encode_documents([node.get_content()])[0])
+            except Exception as error:
+                vectors.append(error)
+        return vectors
+
+    # --- queries
+
+    async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
+        """Answer one query. Concurrent queries that differ in nothing but their vector or text share a request.
+
+        Args:
+            query: The query; modes default, sparse, text_search, hybrid and mmr.
+            **kwargs: As upstream's: `milvus_search_config`, `milvus_partition_names`, `milvus_scalar_filters`,
+                `string_expr`, `mmr_threshold`, `mmr_prefetch_factor`, `mmr_prefetch_k`.
+
+        Raises:
+            ValueError: The query lacks what its mode needs, or the store can't answer its mode.
+            MilvusException: Milvus rejected it, or could not be reached until the deadline.
+        """
+        return (await self.aquery_many([query], **kwargs))[0]
+
+    def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
+        """As `aquery`, blocking."""
+        return self.query_many([query], **kwargs)[0]
+
+    async def aquery_many(self, queries: Sequence[VectorStoreQuery], **kwargs: Any) -> list[VectorStoreQueryResult]:
+        """Answer many queries, in as few requests as their settings allow.
+
+        Returns:
+            One result per query, in their order; a query without hits has an empty one.
+
+        Raises:
+            ValueError, MilvusException: As `aquery`, for the first query that could not be answered.
+        """
+        sparse = await self._asparse_of_queries(queries)
+        plans = self._plans(await self._aschema(), queries, sparse, kwargs)
+        return self._results(plans, await self._ahits(plans))
+
+    def query_many(self, queries: Sequence[VectorStoreQuery], **kwargs: Any) -> list[VectorStoreQueryResult]:
+        """As `aquery_many`, blocking."""
+        io = IoThread.get()
+        sparse = self._sparse_of_queries(queries)
+        schema = self._live().endpoint.connection.known_schema(self.collection_name) or io.run(self._aschema())
+        plans = self._plans(schema, queries, sparse, kwargs)
+        return self._results(plans, io.run(self._ahits(plans)))
+
+    def _plans(
+        self, schema: Schema, queries: Sequence[VectorStoreQuery], sparse: list[Any], options: dict[str, Any]
+    ) -> list[SearchPlan]:
+        return [plan_search(self, schema, query, part, options) for query, part in zip(queries, sparse, strict=True)]
+
+    def _results(self, plans: list[SearchPlan], found: list[Any]) -> list[VectorStoreQueryResult]:
+        return [result_of(self, plan, hits) for plan, hits in zip(plans, found, strict=True)]
+
+    async def _ahits(self, plans: list[SearchPlan]) -> list[Any]:
+        groups: dict[Any, list[int]] = {}
+        for index, plan in enumerate(plans):
+            groups.setdefault(plan.group, []).append(index)
+        found: list[Any] = [None] * len(plans)
+        limits = self._limits()
+        io = IoThread.get()
+
+        async def search(indices: list[int]) -> None:
+            first = plans[indices[0]]
+            lane = self._live().endpoint.read_lane(first.group, first.ranker, limits)
+            submission = await io.submit(lane, [plans[index].query for index in indices])
+            _raise_failure(submission)
+            for index, hits in zip(indices, submission.results, strict=True):
+                found[index] = hits
+
+        with self._activity:
+            if len(groups) == 1:
+                await search(next(iter(groups.values())))
+            else:
+                await asyncio.gather(*map(search, groups.values()))
+        return found
+
+    async def _asparse_of_queries(self, queries: Sequence[VectorStoreQuery]) -> list[Any]:
+        sparse, wanting = self._query_texts(queries)
+        encoder = self._sparse_encoder()
+        if encoder is not None and wanting:
+            vectors = await encoder.async_encode_queries([sparse[index] for index in wanting])
+            for index, vector in zip(wanting, vectors, strict=True):
+                sparse[index] = vector
+        return sparse
+
+    def _sparse_of_queries(self, queries: Sequence[VectorStoreQuery]) -> list[Any]:
+        sparse, wanting = self._query_texts(queries)
+        encoder = self._sparse_encoder()
+        if encoder is not None and wanting:
+            vectors = encoder.encode_queries([sparse[index] for index in wanting])
+            for index, vector in zip(wanting, vectors, strict=True):
+                sparse[index] = vector
+        return sparse
+
+    def _query_texts(self, queries: Sequence[VectorStoreQuery]) -> tuple[list[Any], list[int]]:
+        """The text of each query whose mode searches sparse vectors, and which queries those are."""
+        texts: list[Any] = [None] * len(queries)
+        for index, query in enumerate(queries):
+            check_mode(self, query)
+            if needs_sparse(query):
+                if query.query_str is None:
+                    raise ValueError(f"a query in mode {query.mode.value!r} needs query_str")
+                texts[index] = query.query_str
+        return texts, [index for index, text in enumerate(texts) if text is not None]
+
+    # --- deletes and look-ups
+
+    async def adelete(self, ref_doc_id: str | list[str], **delete_kwargs: Any) -> None:
+        """Delete all nodes of a document, or of each of several.
+
+        Args:
+            ref_doc_id: Id, or ids, of documents.
+            **delete_kwargs: `milvus_partition_name` (str), the partition to delete from.
+        """
+        await self._acall(self._delete_documents(ref_doc_id, **delete_kwargs))
+
+    def delete(self, ref_doc_id: str | list[str], **delete_kwargs: Any) -> None:
+        """As `adelete`, blocking."""
+        IoThread.get().run(self._acall(self._delete_documents(ref_doc_id, **delete_kwargs)))
+
+    async def adelete_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
+    ) -> None:
+        """Delete the nodes of these ids, or that match these filters; given both, those that meet both.
+
+        Args:
+            node_ids: Ids of nodes; an empty list deletes nothing.
+            filters: Metadata filters.
+            **delete_kwargs: `milvus_partition_name` (str), the partition to delete from.
+
+        Raises:
+            ValueError: Neither is given: to delete everything, use `aclear`.
+        """
+        for expression in self._node_expressions(node_ids, filters):
+            await self._acall(self._delete_matching(expression, **delete_kwargs))
+
+    def delete_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
+    ) -> None:
+        """As `adelete_nodes`, blocking."""
+        IoThread.get().run(self.adelete_nodes(node_ids, filters, **delete_kwargs))
+
+    async def aget_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **kwargs: Any
+    ) -> list[BaseNode]:
+        """Get nodes, embeddings included, by their ids or by metadata filters.
+
+        Args:
+            node_ids: Ids of nodes; those that are not stored are left out.
+            filters: Metadata filters.
+            **kwargs: `milvus_partition_names` (list[str]), the partitions to look in.
+
+        Raises:
+            ValueError: Neither or both are given.
+        """
+        return [stored_node(self, item) for item in await self._aitems(node_ids, filters, **kwargs)]
+
+    def get_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **kwargs: Any
+    ) -> list[BaseNode]:
+        """As `aget_nodes`, blocking."""
+        items = IoThread.get().run(self._aitems(node_ids, filters, **kwargs))
+        return [stored_node(self, item) for item in items]
+
+    async def aclear(self) -> None:
+        """Drop the collection, as upstream does; make a new store to write to it again."""
+        await self._acall(self._drop())
+
+    def clear(self) -> None:
+        """As `aclear`, blocking."""
+        IoThread.get().run(self._acall(self._drop()))
+
+    async def _aitems(
+        self, node_ids: list[str] | None, filters: MetadataFilters | None, **kwargs: Any
+    ) -> list[dict[str, Any]]:
+        if node_ids is not None and filters is not None and filters.filters:
+            raise ValueError("give node_ids or filters, not both")
+        items: list[dict[str, Any]] = []
+        for expression in self._node_expressions(node_ids, filters):
+            items += await self._acall(self._query(expression, kwargs.get("milvus_partition_names")))
+        return items
+
+    def _node_expressions(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> list[str]:
+        """Filter expressions that together name the nodes, each short enough for a request."""
+        matching = filter_expression(filters)
+        if node_ids is None:
+            if not matching:
+                raise ValueError("either node_ids or filters must be given")
+            return [matching]
+        expressions = []
+        for start in range(0, len(node_ids), _IDS_PER_REQUEST):
+            named = ids_expression("id", node_ids[start : start + _IDS_PER_REQUEST])
+            expressions.append(f"{named} and ({matching})" if matching else named)
+        return expressions
+
+    def _delete_documents(self, ref_doc_id: str | list[str], **delete_kwargs: Any) -> _Call[None]:
+        ids = ref_doc_id if isinstance(ref_doc_id, list) else [ref_doc_id]
+        return self._delete_matching(ids_expression(self.doc_id_field, ids), **delete_kwargs)
+
+    def _delete_matching(
+        self, expression: str, milvus_partition_name: str | None = None, **options: Any
+    ) -> _Call[None]:
+        async def call(endpoint: Endpoint, timeout: float) -> None:
+            async with endpoint.writing(self.collection_name, timeout):
+                await endpoint.connection.in_thread(
+                    endpoint.connection.client.delete,
+                    collection_name=self.collection_name,
+                    filter=expression,
+                    partition_name=milvus_partition_name,
+                    timeout=timeout,
+                    **options,
+                )
+
+        return call
+
+    def _query(self, expression: str, partitions: list[str] | None) -> _Call[list[dict[str, Any]]]:
+        async def call(endpoint: Endpoint, timeout: float) -> list[dict[str, Any]]:
+            with endpoint.reloading(self.collection_name):
+                found = await endpoint.connection.in_thread(
+                    endpoint.connection.client.query,
+                    collection_name=self.collection_name,
+                    filter=expression,
+                    partition_names=partitions,
+                    timeout=timeout,
+                )
+            return list(found)
+
+        return call
+
+    def _drop(self) -> _Call[None]:
+        async def call(endpoint: Endpoint, timeout: float) -> None:
+            async with endpoint.writing(self.collection_name, timeout):
+                await endpoint.connection.in_thread(
+                    endpoint.connection.client.drop_collection, self.collection_name, timeout=timeout
+                )
+            endpoint.connection.forget_schema(self.collection_name)
+
+        return call
+
+    async def _aschema(self) -> Schema:
+        connection = self._live().endpoint.connection
+        known = connection.known_schema(self.collection_name)
+        if known is not None:
+            return known
+
+        async def call(endpoint: Endpoint, timeout: float) -> Schema:
+            return await endpoint.connection.schema(self.collection_name, timeout)
+
+        return await self._acall(call)
+
+    async def _acall(self, call: _Call[T]) -> T:
+        endpoint = self._live().endpoint
+        with self._activity:
+            submission = await IoThread.get().submit(
+                endpoint.call_lane(self._limits()), [lambda timeout: call(endpoint, timeout)]
+            )
+        _raise_failure(submission)
+        return cast(T, submission.results[0])
+
+    def _limits(self) -> Limits:
+        return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
+
+
+_Call = Callable[[Endpoint, float], Awaitable[T]]
+
+
+class _Connected:
+    """What a store is connected with, in the process that connected it."""
+
+    def __init__(self, endpoint: Endpoint, client: MilvusClient, async_client: AsyncMilvusClient | None) -> None:
+        self.pid = os.getpid()
+        self.endpoint = endpoint
+        self.client = client
+        self.async_client = async_client
+        self.closed = False
+
+    @classmethod
+    def anew(cls, settings: ConnectionSettings, use_async_client: bool) -> _Connected:
+        """Connect in this process."""
+        endpoint = Endpoint.open(settings, _log_retry)
+        options = {"dedicated": True, **settings.options}
+        async_client = (
+            AsyncMilvusClient(uri=endpoint.uri, token=settings.token, **options) if use_async_client else None
+        )
+        return cls(endpoint, settings.client(endpoint.uri), async_client)
+
+    def close(self) -> None:
+        """Close what was opened here; a forked child leaves its parent's connections alone."""
+        if self.closed or self.pid != os.getpid():
+            return
+        self.closed = True
+        self.client.close()
+        self.endpoint.close()
+
+
+def _close_with(store: AsyncMilvusVectorStore, connected: _Connected) -> None:
+    """Close the connection of a store that is dropped unclosed; at the interpreter's exit the process does."""
+    weakref.finalize(store, connected.close).atexit = False
+
+
+class _Activity:
+    """Counts the calls under way in a store, so that closing can wait for them."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+        self._ended = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if self._ended:
+                raise RuntimeError("this AsyncMilvusVectorStore is closed; make a new one")
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Let nothing new begin, and wait for what has begun."""
+        with self._changed:
+            self._ended = True
+            self._changed.wait_for(lambda: self._count == 0)
+
+
+def _flush(collection: str) -> _Call[None]:
+    async def call(endpoint: Endpoint, timeout: float) -> None:
+        await endpoint.connection.in_thread(endpoint.connection.client.flush, collection, timeout=timeout)
+
+    return call
+
+
+def _rebuilt(
+    cls: type[AsyncMilvusVectorStore], connection: tuple[str, str, dict[str, Any]], arguments: dict[str, Any]
+) -> AsyncMilvusVectorStore:
+    uri, token, options = connection
+    return cls(uri=uri, token=token, **arguments, **options)
+
+
+def _arguments(store: MilvusVectorStore) -> dict[str, Any]:
+    """The constructor's arguments that a store has now, but for its connection and `overwrite`."""
+    names = inspect.signature(MilvusVectorStore.__init__).parameters
+    left_out = {"self", "kwargs", "uri", "token", "overwrite", "batch_size"}
+    return {name: getattr(store, name) for name in names if name not in left_out}
+
+
+def _fitted(
+    endpoint: Endpoint,
+    collection: str,
+    wanted_fields: list[str],
+    embedding_field: str,
+    dim: int | None,
+    metric: str | None,
+) -> tuple[int | None, str | None]:
+    """Dimension and metric of an existing collection, checked against those asked for.
+
+    Raises:
+        ValueError: The collection has others, or lacks a field.
+    """
+    client = endpoint.connection.client
+    if not client.has_collection(collection):
+        return dim, metric
+    schema = endpoint.connection.fetch_schema(collection, timeout=30)
+    remedy = "choose another collection_name, or overwrite=True to drop the existing collection"
+    missing = [name for name in wanted_fields if name not in schema.names]
+    if missing:
+        raise ValueError(f"collection {collection!r} exists, but has no field {missing[0]!r}; {remedy}")
+    stored_dim = schema.params(embedding_field).get("dim")
+    if dim is not None and stored_dim is not None and dim != int(stored_dim):
+        raise ValueError(f"collection {collection!r} has dimension {stored_dim}, but dim={dim} is asked for; {remedy}")
+    stored_metric = None
+    for index in client.list_indexes(collection, field_name=embedding_field):
+        stored_metric = (client.describe_index(collection, index) or {}).get("metric_type")
+    asked = similarity_metrics_map.get(metric.lower()) if metric is not None else None
+    if asked is not None and stored_metric is not None and asked != stored_metric:
+        raise ValueError(
+            f"collection {collection!r} is indexed with metric {stored_metric}, but similarity_metric={metric!r} "
+            f"is asked for; {remedy}"
+        )
+    return (int(stored_dim) if stored_dim is not None else dim), metric or stored_metric
+
+
+def _raise_failure(submission: Submission[Any]) -> None:
+    """Raise the first failure of a submission, if it has any."""
+    if submission.failures:
+        error = submission.failures[min(submission.failures)].error
+        # Several callers may share the error of one request: each gets a copy of its own to raise.
+        raise copy.copy(error) from error.__cause__
+
+
+def _log_retry(error: BaseException, attempt: int, pause: float) -> None:
+    level = logging.WARNING if attempt == 1 else logging.DEBUG
+    logger.log(level, "attempt %d failed, next one in %.2f s: %s", attempt, pause, error)

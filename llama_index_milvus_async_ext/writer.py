@@ -1,0 +1,251 @@
+"""The writer: a step of an ingestion pipeline that stores what passes through it."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.bridge.pydantic import Field, PrivateAttr, SerializeAsAny
+from llama_index.core.embeddings.utils import EmbedType, resolve_embed_model
+from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
+from llama_index.vector_stores.milvus import MilvusVectorStore
+from llama_index_instrumentation import get_dispatcher
+from tqdm import tqdm
+
+from llama_index_milvus_async_ext.report import FailedNode, WriteReport
+from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
+
+dispatcher = get_dispatcher(__name__)
+
+_NODES_PER_PART = 2_000
+_EMBED_BATCHES_PER_PART = 4
+
+
+class AsyncMilvusWriter(TransformComponent):
+    """Writes the nodes that pass through a pipeline to Milvus, and passes them on.
+
+        pipeline = IngestionPipeline(transformations=[SentenceSplitter(), embed_model, AsyncMilvusWriter(store)])
+        nodes = await pipeline.arun(documents=documents)
+
+    Use it as the last step, for sync and async runs. It returns the same nodes in the same order. The pipeline's cache
+    never skips it: each run writes. With `embed_model` it also embeds the nodes that have no embedding, while it
+    writes those that have one, so that the whole takes as long as the slower of the two.
+
+    Args:
+        vector_store: An `AsyncMilvusVectorStore`; a plain `MilvusVectorStore` is taken over with its connection.
+        embed_model: Embeds nodes without an embedding; as `Settings.embed_model` takes it.
+        on_failure: "raise" writes all that can be written, then raises `WriteError`; "collect" raises for no node, and
+            leaves the outcome in `last_report`.
+        show_progress: Whether to show a progress bar.
+
+    Raises:
+        WriteError: With `on_failure="raise"`, if any node was not written; it carries the report.
+    """
+
+    vector_store: AsyncMilvusVectorStore = Field(description="Where the nodes go.")
+    embed_model: SerializeAsAny[BaseEmbedding] | None = Field(
+        default=None, description="Embeds nodes that have no embedding."
+    )
+    on_failure: Literal["raise", "collect"] = Field(default="raise", description="What to do about unwritten nodes.")
+    show_progress: bool = Field(default=False, description="Whether to show a progress bar.")
+
+    _last_report: WriteReport | None = PrivateAttr(default=None)
+
+    def __init__(
+        self,
+        vector_store: MilvusVectorStore,
+        embed_model: EmbedType | None = None,
+        on_failure: Literal["raise", "collect"] = "raise",
+        show_progress: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(vector_store, MilvusVectorStore):
+            raise TypeError(
+                "vector_store must be an AsyncMilvusVectorStore or a MilvusVectorStore, "
+                f"got {type(vector_store).__name__}"
+            )
+        super().__init__(  # type: ignore[call-arg]
+            vector_store=AsyncMilvusVectorStore.from_vector_store(vector_store),
+            embed_model=resolve_embed_model(embed_model) if embed_model is not None else None,
+            on_failure=on_failure,
+            show_progress=show_progress,
+            **kwargs,
+        )
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name of the class, as LlamaIndex stores it."""
+        return "AsyncMilvusWriter"
+
+    @property
+    def last_report(self) -> WriteReport | None:
+        """What became of the nodes of the last call; None before the first, and where worker processes wrote."""
+        return self._last_report
+
+    @dispatcher.span
+    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        """Write nodes, blocking; see the class."""
+        started = time.perf_counter()
+        store = self.vector_store
+        parts, pending = self._parts(nodes), []
+        with self._bar(nodes) as bar:
+            try:
+                for part in parts:
+                    part.embed_with(self._embed)
+                    pending.append(store.start_write(part.nodes))
+                    pending[-1].add_done_callback(part.counted_on(bar))
+                reports = [written.result() for written in pending]
+            except BaseException:
+                for written in pending:
+                    written.cancel()
+                raise
+        return self._finish(nodes, parts, reports, started)
+
+    @dispatcher.span
+    async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        """Write nodes; see the class.
+
+        If the call is cancelled, `last_report` tells what became of the nodes that had been handed to the store.
+        """
+        started = time.perf_counter()
+        store = self.vector_store
+        parts = self._parts(nodes)
+        pending: list[asyncio.Task[WriteReport]] = []
+        with self._bar(nodes) as bar:
+            try:
+                for part in parts:
+                    await part.aembed_with(self._aembed)
+                    pending.append(asyncio.create_task(store.awrite(part.nodes)))
+                    pending[-1].add_done_callback(part.counted_on(bar))
+                    await _until_handed_over()
+                reports = await asyncio.gather(*pending)
+            except BaseException:
+                for task in pending:
+                    task.cancel()
+                ended = await asyncio.gather(*pending, return_exceptions=True)
+                known = [end if isinstance(end, WriteReport) else getattr(end, "report", None) for end in ended]
+                elapsed = time.perf_counter() - started
+                self._last_report = WriteReport.merged((report for report in known if report), elapsed)
+                raise
+        return self._finish(nodes, parts, reports, started)
+
+    def _finish(
+        self, nodes: Sequence[BaseNode], parts: list[_Part], reports: Sequence[WriteReport], started: float
+    ) -> Sequence[BaseNode]:
+        reports = [part.explained(report) for part, report in zip(parts, reports, strict=True)]
+        report = self._last_report = WriteReport.merged(reports, time.perf_counter() - started)
+        if self.on_failure == "raise":
+            report.raise_for_failures()
+        return nodes
+
+    def _parts(self, nodes: Sequence[BaseNode]) -> list[_Part]:
+        """Cut the nodes into parts, each of a few embedding batches, so that embedding and writing overlap."""
+        if self.embed_model is None:
+            size = _NODES_PER_PART if self.show_progress else max(len(nodes), 1)
+            return [_Part(list(nodes[start : start + size]), []) for start in range(0, len(nodes), size)]
+        concurrent = self.embed_model.num_workers or _EMBED_BATCHES_PER_PART
+        most_missing = self.embed_model.embed_batch_size * concurrent
+        parts = [_Part([], [])]
+        for node in nodes:
+            if len(parts[-1].missing) >= most_missing or len(parts[-1].nodes) >= _NODES_PER_PART:
+                parts.append(_Part([], []))
+            parts[-1].nodes.append(node)
+            if node.embedding is None:
+                parts[-1].missing.append(node)
+        return parts
+
+    def _embed(self, texts: list[str]) -> list[list[float]]:
+        assert self.embed_model is not None
+        return self.embed_model.get_text_embedding_batch(texts)
+
+    async def _aembed(self, texts: list[str]) -> list[list[float]]:
+        assert self.embed_model is not None
+        return await self.embed_model.aget_text_embedding_batch(texts)
+
+    def _bar(self, nodes: Sequence[BaseNode]) -> Any:
+        what = "Embedding and writing" if self.embed_model is not None else "Writing"
+        return tqdm(total=len(nodes), desc=f"{what} to Milvus", unit="node", disable=not self.show_progress)
+
+    # --- copies and descriptions
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """A description without secrets, different at each call: pipelines cache by it, and must never skip a write."""
+        return {
+            "class_name": self.class_name(),
+            "collection_name": self.vector_store.collection_name,
+            "on_failure": self.on_failure,
+            "call": uuid.uuid4().hex,
+        }
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # pydantic's way would drop, without a word, what does not pickle.
+        return (type(self), (self.vector_store, self.embed_model, self.on_failure, self.show_progress))
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> AsyncMilvusWriter:
+        return type(self)(copy.deepcopy(self.vector_store), self.embed_model, self.on_failure, self.show_progress)
+
+    def __repr_args__(self) -> Any:
+        # An embedding model's own repr may show its API key.
+        yield "collection_name", self.vector_store.collection_name
+        yield "uri", self.vector_store.uri
+        yield "embed_model", type(self.embed_model).__name__ if self.embed_model is not None else None
+        yield "on_failure", self.on_failure
+
+
+@dataclass
+class _Part:
+    """Nodes that are embedded and written together."""
+
+    nodes: list[BaseNode]
+    missing: list[BaseNode]  # those that have no embedding yet
+    error: Exception | None = None
+
+    def embed_with(self, embed: Callable[[list[str]], list[list[float]]]) -> None:
+        """Embed what is missing. A failure is kept: it costs these nodes, and no others."""
+        if self.missing:
+            try:
+                self._set(embed(self._texts()))
+            except Exception as error:
+                self.error = error
+
+    async def aembed_with(self, embed: Callable[[list[str]], Awaitable[list[list[float]]]]) -> None:
+        """As `embed_with`."""
+        if self.missing:
+            try:
+                self._set(await embed(self._texts()))
+            except Exception as error:
+                self.error = error
+
+    def counted_on(self, bar: Any) -> Callable[[object], None]:
+        """A callback that moves a progress bar on by this part."""
+        return lambda _: bar.update(len(self.nodes))
+
+    def explained(self, report: WriteReport) -> WriteReport:
+        """The report, with the embedding model's error where the store could only say that there is no embedding."""
+        if self.error is None:
+            return report
+        missing = {id(node) for node in self.missing}
+        failed = [
+            FailedNode(f.node, self.error, 0, True) if id(f.node) in missing and f.attempts == 0 else f
+            for f in report.failed
+        ]
+        return replace(report, failed=failed)
+
+    def _texts(self) -> list[str]:
+        return [node.get_content(metadata_mode=MetadataMode.EMBED) for node in self.missing]
+
+    def _set(self, embeddings: list[list[float]]) -> None:
+        for node, embedding in zip(self.missing, embeddings, strict=True):
+            node.embedding = embedding
+
+
+async def _until_handed_over() -> None:
+    """Let a new task begin and its nodes cross to the I/O thread, before an embedding model may block this loop."""
+    for _ in range(3):
+        await asyncio.sleep(0)

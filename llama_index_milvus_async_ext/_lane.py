@@ -75,6 +75,14 @@ class Submission(Generic[R]):
         self.cancelled = False
         self.in_ring = False
 
+    @classmethod
+    def failed(cls, count: int, error: BaseException) -> Submission[Any]:
+        """A submission that could not be made: each of its items has the same failure."""
+        submission: Submission[Any] = cls(lambda _: None, 0.0)
+        failure = Failure(error, 0, classify(error).retryable, False)
+        submission.failures = dict.fromkeys(range(count), failure)
+        return submission
+
 
 class _Item(Generic[T]):
     __slots__ = (
@@ -87,6 +95,7 @@ class _Item(Generic[T]):
         "key",
         "nbytes",
         "payload",
+        "repeats",
         "settled",
         "submission",
         "value",
@@ -104,6 +113,7 @@ class _Item(Generic[T]):
         self.settled = False
         self.flight: _Flight[T] | None = None
         self.blocked = False  # waits behind an earlier item of the same key, whose `follower` it is
+        self.repeats = False  # came while an earlier item of the same key was unsettled
         self.follower: _Item[T] | None = None
 
 
@@ -140,7 +150,8 @@ class Lane(Generic[T, R]):
     Args:
         prepare: Turns an item's value into its payload and the payload's size in bytes; raises for a bad one.
         send: Sends one request: `send(payloads, upsert, timeout_seconds) -> one result per payload`. `upsert` tells
-            that an earlier attempt may have been executed.
+            that some item may be there already: an earlier attempt may have been executed, or an earlier item had the
+            same key.
         limit: The slots of the endpoint.
         policy: When to try again.
         max_items: Items in one request at the most.
@@ -228,7 +239,7 @@ class Lane(Generic[T, R]):
                     submission.ready.append(item)
                 else:
                     earlier.follower = item
-                    item.blocked = True
+                    item.blocked = item.repeats = True
                 last_of_key[key] = item
         self._enqueue(submission)
         self._schedule_pump()
@@ -462,7 +473,7 @@ class Lane(Generic[T, R]):
         for item in group:
             item.attempts += 1
         sent_at = self._clock()
-        upsert = any(item.ambiguous for item in group)
+        upsert = any(item.ambiguous or item.repeats for item in group)
         timeout = max(min(self._rpc_timeout_seconds, flight.deadline_at - sent_at), 0.001)
         try:
             flight.sending = True
@@ -486,8 +497,9 @@ class Lane(Generic[T, R]):
     # --- outcomes
 
     def _fail(self, item: _Item[T], error: BaseException, verdict: Verdict) -> None:
-        # An explicit rejection settles what earlier, unanswered attempts left open: they carried the same data.
-        ambiguous = item.ambiguous and verdict.retryable
+        # A rejection of the data settles what earlier, unanswered attempts left open: they carried the same data.
+        # Any other rejection says nothing of them.
+        ambiguous = item.ambiguous and verdict not in (Verdict.BAD_DATA, Verdict.TOO_LARGE)
         self._record(item, None, Failure(error, item.attempts, verdict.retryable, ambiguous))
 
     def _record(self, item: _Item[T], result: R | None, failure: Failure | None) -> None:

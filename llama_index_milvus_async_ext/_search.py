@@ -120,7 +120,7 @@ def needs_sparse(query: VectorStoreQuery) -> bool:
 def result_of(store: AsyncMilvusVectorStore, plan: SearchPlan, hits: Hits) -> VectorStoreQueryResult:
     """Build the nodes of a query's hits, as upstream builds them."""
     if not plan.is_mmr:
-        nodes = [_node(store, entity) for entity in hits.entities]
+        nodes = [_node(store, *hit) for hit in zip(hits.ids, hits.entities, strict=True)]
         return VectorStoreQueryResult(nodes=nodes, similarities=hits.scores, ids=hits.ids)
     if not hits.ids:
         return VectorStoreQueryResult(nodes=[], similarities=[], ids=[])
@@ -133,11 +133,11 @@ def result_of(store: AsyncMilvusVectorStore, plan: SearchPlan, hits: Hits) -> Ve
     )
     entities = dict(zip(hits.ids, hits.entities, strict=True))
     return VectorStoreQueryResult(
-        nodes=[_node(store, entities[id_]) for id_ in ids], similarities=similarities, ids=ids
+        nodes=[_node(store, id_, entities[id_]) for id_ in ids], similarities=similarities, ids=ids
     )
 
 
-def _node(store: AsyncMilvusVectorStore, entity: dict[str, Any]) -> BaseNode:
+def _node(store: AsyncMilvusVectorStore, id_: Any, entity: dict[str, Any]) -> BaseNode:
     metadata = {key: entity.get(key) for key in store.output_fields}
     node: BaseNode
     if "_node_content" in entity:
@@ -145,7 +145,7 @@ def _node(store: AsyncMilvusVectorStore, entity: dict[str, Any]) -> BaseNode:
             metadata.setdefault(key, entity.get(key))
         node = metadata_dict_to_node(metadata)
     else:
-        node = TextNode(metadata=metadata)
+        node = TextNode(id_=str(id_), metadata=metadata)  # upstream makes an id up at each query
     if store.text_key in entity:
         node.set_content(entity[store.text_key])
     return node

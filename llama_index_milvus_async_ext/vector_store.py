@@ -24,6 +24,7 @@ from llama_index.vector_stores.milvus.base import similarity_metrics_map
 from llama_index.vector_stores.milvus.utils import DEFAULT_SPARSE_EMBEDDING_KEY, BaseSparseEmbeddingFunction
 from llama_index_instrumentation import get_dispatcher
 from pymilvus import AsyncMilvusClient, DataType, MilvusClient
+from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext._endpoint import Endpoint, Limits, WriteTarget
 from llama_index_milvus_async_ext._filters import filter_expression, ids_expression
@@ -375,7 +376,11 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
     ) -> WriteReport:
         started = time.perf_counter()
         with self._activity:
-            lane = await self._write_lane(milvus_partition_name or "")
+            try:
+                lane = await self._write_lane(milvus_partition_name or "")
+            except MilvusException as error:  # nothing can be sent: that, too, is an outcome of each node
+                submission = Submission.failed(len(nodes), error)
+                return self._report(nodes, submission, started)
             values = list(zip(nodes, sparse, strict=True))
             keys = [node.node_id for node in nodes]
             try:
@@ -561,17 +566,20 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
     # --- deletes and look-ups
 
     async def adelete(self, ref_doc_id: str | list[str], **delete_kwargs: Any) -> None:
-        """Delete all nodes of a document, or of each of several.
+        """Delete all nodes of a document, or of each of several; an empty list deletes nothing.
 
         Args:
             ref_doc_id: Id, or ids, of documents.
             **delete_kwargs: `milvus_partition_name` (str), the partition to delete from.
         """
-        await self._acall(self._delete_documents(ref_doc_id, **delete_kwargs))
+        ids = [ref_doc_id] if isinstance(ref_doc_id, str) else ref_doc_id
+        for start in range(0, len(ids), _IDS_PER_REQUEST):
+            named = ids_expression(self.doc_id_field, ids[start : start + _IDS_PER_REQUEST])
+            await self._acall(self._delete_matching(named, **delete_kwargs))
 
     def delete(self, ref_doc_id: str | list[str], **delete_kwargs: Any) -> None:
         """As `adelete`, blocking."""
-        IoThread.get().run(self._acall(self._delete_documents(ref_doc_id, **delete_kwargs)))
+        IoThread.get().run(self.adelete(ref_doc_id, **delete_kwargs))
 
     async def adelete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
@@ -647,10 +655,6 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
             named = ids_expression("id", node_ids[start : start + _IDS_PER_REQUEST])
             expressions.append(f"{named} and ({matching})" if matching else named)
         return expressions
-
-    def _delete_documents(self, ref_doc_id: str | list[str], **delete_kwargs: Any) -> _Call[None]:
-        ids = ref_doc_id if isinstance(ref_doc_id, list) else [ref_doc_id]
-        return self._delete_matching(ids_expression(self.doc_id_field, ids), **delete_kwargs)
 
     def _delete_matching(
         self, expression: str, milvus_partition_name: str | None = None, **options: Any

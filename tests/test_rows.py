@@ -1,0 +1,206 @@
+"""Rows: what is sent is what upstream would have sent through pymilvus, to the byte."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llama_index.core.schema import (
+    BaseNode,
+    Document,
+    ImageNode,
+    IndexNode,
+    MediaResource,
+    Node,
+    NodeRelationship,
+    RelatedNodeInfo,
+    TextNode,
+)
+from llama_index.vector_stores.milvus import MilvusVectorStore
+from pymilvus import CollectionSchema, DataType, FieldSchema
+
+from llama_index_milvus_async_ext import _wire
+from llama_index_milvus_async_ext._rows import MAX_DYNAMIC_BYTES, RowEncoder
+from llama_index_milvus_async_ext._wire import Schema
+
+DIM = 4
+
+
+def described(*extra: FieldSchema, text: str = "text", embedding: str = "embedding", **options: Any) -> dict[str, Any]:
+    """A collection as upstream makes it, and as Milvus describes it."""
+    fields = [
+        FieldSchema("id", DataType.VARCHAR, is_primary=True, max_length=65_535),
+        FieldSchema("doc_id", DataType.VARCHAR, max_length=65_535),
+        FieldSchema(text, DataType.VARCHAR, max_length=65_535),
+        *extra,
+        FieldSchema(embedding, DataType.FLOAT_VECTOR, dim=DIM),
+    ]
+    schema = CollectionSchema(fields, enable_dynamic_field=True).to_dict()
+    return {**schema, "enable_dynamic_field": True, "update_timestamp": 7, **options}
+
+
+def encoder(schema: Schema, **changes: Any) -> RowEncoder:
+    arguments = {"text_key": "text", "doc_id_field": "doc_id", "embedding_field": "embedding"}
+    return RowEncoder(schema, **(arguments | changes))
+
+
+def upstream_rows(nodes: list[BaseNode]) -> list[dict[str, Any]]:
+    """The rows that upstream's own `add` hands to pymilvus."""
+    rows: list[dict[str, Any]] = []
+    store = SimpleNamespace(
+        enable_sparse=False,
+        enable_dense=True,
+        text_key="text",
+        embedding_field="embedding",
+        upsert_mode=False,
+        batch_size=10_000,
+        collection_name="c",
+        client=SimpleNamespace(insert=lambda _, batch, partition_name: rows.extend(batch)),
+    )
+    MilvusVectorStore.add(store, nodes)  # type: ignore[arg-type]
+    return rows
+
+
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False), st.text()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3)),
+    max_leaves=6,
+)
+keys = st.text(max_size=8).filter(lambda key: key != "$meta")
+related = st.builds(
+    RelatedNodeInfo, node_id=st.text(max_size=8), metadata=st.dictionaries(keys, json_values, max_size=2)
+)
+common: dict[str, Any] = {
+    "id_": st.text(max_size=20),
+    "embedding": st.lists(st.floats(-(2.0**90), 2.0**90, width=32), min_size=DIM, max_size=DIM),
+    "metadata": st.dictionaries(keys, json_values, max_size=4),
+    "relationships": st.dictionaries(
+        st.sampled_from([NodeRelationship.SOURCE, NodeRelationship.NEXT, NodeRelationship.PREVIOUS]),
+        related,
+        max_size=3,
+    ),
+    "excluded_embed_metadata_keys": st.lists(st.text(max_size=5), max_size=2),
+}
+nodes = st.one_of(
+    st.builds(TextNode, text=st.text(), start_char_idx=st.one_of(st.none(), st.integers(0, 9)), **common),
+    st.builds(ImageNode, text=st.text(), image=st.one_of(st.none(), st.just("aGk=")), **common),
+    st.builds(IndexNode, text=st.text(), index_id=st.text(max_size=5), **common),
+    st.builds(lambda text, **rest: Document(text=text, **rest), text=st.text(), **common),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(nodes, min_size=1, max_size=5), st.booleans(), st.sampled_from(["", "part"]))
+def test_requests_equal_those_of_upstream_and_pymilvus(batch: list[BaseNode], upsert: bool, partition: str) -> None:
+    schema = Schema(described())
+    ours = [encoder(schema).encode(node)[0] for node in batch]
+    theirs = upstream_rows(batch)
+    assert [row.entity for row in ours] == theirs
+    reference = _wire._pymilvus_request(
+        "c", partition, schema, [_wire.Row(entity, b"", None) for entity in theirs], upsert
+    )
+    request = _wire._columnar_request("c", partition, schema, ours, upsert)
+    assert request == reference
+    assert request.SerializeToString(deterministic=True) == reference.SerializeToString(deterministic=True)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(nodes, min_size=1, max_size=3), st.data())
+def test_scalar_and_sparse_columns_are_encoded_as_pymilvus_does(batch: list[BaseNode], data: st.DataObject) -> None:
+    schema = Schema(
+        described(
+            FieldSchema("year", DataType.INT32),
+            FieldSchema("score", DataType.DOUBLE),
+            FieldSchema("kind", DataType.VARCHAR, max_length=100),
+            FieldSchema("flag", DataType.BOOL),
+            FieldSchema("sparse", DataType.SPARSE_FLOAT_VECTOR),
+        )
+    )
+    for node in batch:
+        node.metadata |= {
+            "year": data.draw(st.integers(-(2**31), 2**31 - 1)),
+            "score": data.draw(st.floats(allow_nan=False)),
+            "kind": data.draw(st.text(max_size=20)),
+            "flag": data.draw(st.booleans()),
+        }
+    sparse = {1: 0.5, 70: 0.25}
+    rows = [encoder(schema, sparse_field="sparse").encode(node, sparse)[0] for node in batch]
+    request = _wire.write_request("c", "", schema, rows, upsert=True)
+    assert schema.fast, "the quick way is taken"
+    assert request == _wire._pymilvus_request("c", "", schema, rows, True)
+
+
+def test_a_schema_that_the_encoder_does_not_know_goes_through_pymilvus() -> None:
+    nullable = described(FieldSchema("maybe", DataType.INT64, nullable=True))
+    schema = Schema(nullable)
+    assert schema.fast is False
+    row, _ = encoder(schema).encode(a_node())
+    assert _wire.write_request("c", "", schema, [row], True).num_rows == 1
+
+
+def test_an_encoder_that_differs_from_pymilvus_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = Schema(described())
+    monkeypatch.setattr(_wire, "DYNAMIC_FIELD", "$other")
+    row, _ = encoder(schema).encode(a_node())
+    request = _wire.write_request("c", "", schema, [row], True)
+    assert schema.fast is False
+    assert request == _wire._pymilvus_request("c", "", schema, [row], True)
+
+
+def a_node(**changes: Any) -> TextNode:
+    return TextNode(**({"id_": "n1", "text": "text", "embedding": [0.1] * DIM} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"embedding": None}, "no embedding"),
+        ({"embedding": [0.1] * 3}, "3 dimensions, the collection has 4"),
+        ({"embedding": [0.1, float("nan"), 0.1, 0.1]}, "NaN or infinity"),
+        ({"embedding": [0.1, float("-inf"), 0.1, 0.1]}, "NaN or infinity"),
+        ({"embedding": [1e39, 0.1, 0.1, 0.1]}, "float32"),
+        ({"text": "é" * 32_768}, "65536 bytes in UTF-8"),
+        ({"id_": "é" * 40_000}, "80000 bytes in UTF-8"),
+        ({"text": "\ud800"}, "node 'n1'"),
+        ({"metadata": {"big": "x" * 40_000}}, "65536"),
+        ({"metadata": {"x": object()}}, "check its metadata"),
+        ({"metadata": {"x": 2**70}}, "JSON"),
+        ({"metadata": {"$meta": 1}}, "$meta"),
+    ],
+)
+def test_a_bad_node_is_named_with_what_is_wrong(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match="can't be stored") as refused:
+        encoder(Schema(described())).encode(a_node(**changes))
+    assert says in str(refused.value)
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [(None, "set metadata"), ("x", "INT32"), (True, "INT32"), (2**40, "too large")]
+)
+def test_a_value_that_its_column_does_not_take_is_named(value: Any, says: str) -> None:
+    schema = Schema(described(FieldSchema("year", DataType.INT32)))
+    metadata = {} if value is None else {"year": value}
+    with pytest.raises(ValueError, match=says):
+        encoder(schema).encode(a_node(metadata=metadata))
+
+
+def test_limits_are_exact() -> None:
+    encode = encoder(Schema(described())).encode
+    encode(a_node(text="x" * 65_535))
+    _, size = encode(a_node(metadata={"m": ""}))
+    fits = (MAX_DYNAMIC_BYTES - len(encode(a_node(metadata={"m": ""}))[0].dynamic)) // 2
+    assert len(encode(a_node(metadata={"m": "x" * fits}))[0].dynamic) in (MAX_DYNAMIC_BYTES, MAX_DYNAMIC_BYTES - 1)
+    with pytest.raises(ValueError):
+        encode(a_node(metadata={"m": "x" * (fits + 1)}))
+    assert size > 4 * DIM
+
+
+def test_a_multimodal_node_is_stored_with_its_text() -> None:
+    node = Node(id_="m", text_resource=MediaResource(text="words"), embedding=[0.1] * DIM)
+    row, _ = encoder(Schema(described())).encode(node)
+    assert row.entity["text"] == "words"
+    assert row.entity["_node_type"] == "Node"

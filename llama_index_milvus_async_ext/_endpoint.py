@@ -101,7 +101,8 @@ class Endpoint:
         self._gone = Counter[str]()
         self._reloaded_at: dict[str, float] = {}
         self._lock_path = f"{settings.uri}.lock" if settings.is_file else None
-        IoThread.get().on_exit(self._abandon)
+        if settings.is_file:
+            IoThread.get().serves_in_process = True
 
     def close(self) -> None:
         """Give up one use; the last one closes the connection."""
@@ -175,11 +176,6 @@ class Endpoint:
         total.update(in_flight=self.limit.in_flight, limit=self.limit.current)
         return total
 
-    async def drained(self) -> None:
-        """Wait until no lane has anything waiting or under way."""
-        for lane in list(self._lanes.values()):
-            await lane.drained()
-
     def _lane(
         self,
         prepare: Callable[[Any], tuple[Any, int]],
@@ -224,10 +220,6 @@ class Endpoint:
             if lane.idle:
                 self._gone.update(_counts(key[0], lane))
                 del self._lanes[key]
-
-    def _abandon(self) -> None:
-        for lane in list(self._lanes.values()):
-            lane.abandon()
 
     # --- what Milvus Lite needs
 

@@ -9,9 +9,10 @@ import contextlib
 import os
 import threading
 import weakref
+from asyncio import CancelledError
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from llama_index_milvus_async_ext._lane import Lane, Submission
 
@@ -24,7 +25,7 @@ class IoThread:
     """One event loop in one daemon thread, which runs all lanes.
 
         submission = await IoThread.get().submit(lane, nodes)      # from any event loop
-        submission = IoThread.get().submit_and_wait(lane, nodes)   # from any thread, also inside a running loop
+        report = IoThread.get().run(coroutine)                # from any thread, also inside a running loop
 
     What one turn of a caller's loop submits crosses over together, in one wake-up of the thread, and so do the
     outcomes on their way back: a thousand concurrent calls cost two wake-ups, not two thousand.
@@ -53,19 +54,20 @@ class IoThread:
         self._inbox: deque[Callable[[], object]] = deque()
         self._woken = False
         self._ports: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Port] = weakref.WeakKeyDictionary()
-        self._at_exit: list[Callable[[], object]] = []
+        self._blocked: set[threading.Thread] = set()  # threads that Python waits for, and that wait for this one
+        self._ended = False
+        self.serves_in_process = False  # whether a Milvus Lite file is open
         self._thread = threading.Thread(target=self._run, name="milvus-io", daemon=True)
         self._thread.start()
+        # An in-process Milvus Lite serves requests with a thread pool, which Python shuts down before it calls atexit
+        # functions; what is sent afterwards makes gRPC print a traceback. There is no public way to be earlier.
+        getattr(threading, "_register_atexit", atexit.register)(self._end_before_thread_pools)
         atexit.register(self._end)
 
     @property
     def is_current(self) -> bool:
         """Whether the caller is the I/O thread itself."""
         return threading.get_ident() == self._thread.ident
-
-    def on_exit(self, function: Callable[[], object]) -> None:
-        """Call `function` in the thread when the interpreter exits."""
-        self._at_exit.append(function)
 
     # --- to the thread
 
@@ -75,7 +77,8 @@ class IoThread:
         self._inbox.extend(functions)
         if not self._woken:
             self._woken = True
-            self.loop.call_soon_threadsafe(self._empty_inbox)
+            with contextlib.suppress(RuntimeError):  # closed at the interpreter's exit
+                self.loop.call_soon_threadsafe(self._empty_inbox)
 
     async def submit(
         self, lane: Lane[T, Any], values: Sequence[T], keys: Sequence[Hashable] | None = None
@@ -86,6 +89,8 @@ class IoThread:
         and stand in that error's attribute `submission`.
         """
         loop = asyncio.get_running_loop()
+        if self._ended and loop is not self.loop:
+            self._refuse_at_exit()
         port = self._port(loop)
         future: asyncio.Future[Submission[Any]] = loop.create_future()
         ticket = _Ticket(lambda submission: port.deliver(future, submission))
@@ -106,30 +111,53 @@ class IoThread:
                 port = self._ports.setdefault(loop, _Port(loop, self))
         return port
 
-    def submit_and_wait(
-        self, lane: Lane[T, Any], values: Sequence[T], keys: Sequence[Hashable] | None = None
-    ) -> Submission[Any]:
-        """Submit items to a lane, and block until their outcomes are known. Ctrl-C cancels the submission."""
-        self._refuse_own_thread()
-        future: concurrent.futures.Future[Submission[Any]] = concurrent.futures.Future()
-        ticket = _Ticket(future.set_result)
-        self.post(lambda: ticket.start(lane, values, keys))
-        try:
-            return future.result()
-        except BaseException as interrupted:
-            self.post(lambda: ticket.cancel(lane))
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                interrupted.submission = future.result(_JOIN_SECONDS)  # type: ignore[attr-defined]
-            raise
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Run a coroutine in the thread; cancelling the future cancels it."""
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def begin() -> None:
+            task = self.loop.create_task(coroutine)
+
+            def finish(task: asyncio.Task[T]) -> None:
+                error = CancelledError() if task.cancelled() else task.exception()
+                with contextlib.suppress(concurrent.futures.InvalidStateError):
+                    if self._ended:
+                        pass  # nobody is told at the interpreter's exit: a traceback is all that it would be
+                    elif error is not None:
+                        future.set_exception(error)
+                    else:
+                        future.set_result(task.result())
+
+            def pass_cancellation_on(future: concurrent.futures.Future[T]) -> None:
+                if future.cancelled():
+                    self.post(task.cancel)
+
+            task.add_done_callback(finish)
+            future.add_done_callback(pass_cancellation_on)
+
+        if self._ended:
+            coroutine.close()
+            self._refuse_at_exit()
+        self.post(begin)
+        return future
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the thread, and block until it is done."""
-        self._refuse_own_thread()
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
-
-    def arun(self, coroutine: Coroutine[Any, Any, T]) -> Awaitable[T]:
-        """Run a coroutine in the thread, and await it on the caller's loop."""
-        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+        """Run a coroutine in the thread, and block until it is done. Ctrl-C cancels it."""
+        if self.is_current:
+            coroutine.close()
+            raise RuntimeError("a blocking call on the I/O thread would wait for itself; use the async method")
+        future = self.start(coroutine)
+        thread = threading.current_thread()
+        waited_for = not thread.daemon and thread is not threading.main_thread()
+        if waited_for:
+            self._blocked.add(thread)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+        finally:
+            self._blocked.discard(thread)
 
     def call(self, function: Callable[[], T]) -> T:
         """Call a function in the thread, and block until it has returned."""
@@ -146,9 +174,8 @@ class IoThread:
         self.post(settle)
         return future.result()
 
-    def _refuse_own_thread(self) -> None:
-        if self.is_current:
-            raise RuntimeError("a blocking call on the I/O thread would wait for itself; use the async method")
+    def _refuse_at_exit(self) -> NoReturn:
+        raise RuntimeError("nothing can be sent to Milvus any more: the interpreter is exiting")
 
     # --- in the thread
 
@@ -168,14 +195,22 @@ class IoThread:
             except Exception as error:  # one caller's defect does not stop the others' requests
                 self.loop.call_exception_handler({"message": "a call in the I/O thread failed", "exception": error})
 
+    def _end_before_thread_pools(self) -> None:
+        """End early if a Milvus Lite is served here and no thread that Python will wait for needs it."""
+        main = threading.main_thread()
+        needed = self._blocked or any(
+            port.thread is not main and not port.thread.daemon and loop.is_running()
+            for loop, port in list(self._ports.items())
+        )
+        if self.serves_in_process and not needed:
+            self._end()
+
     def _end(self) -> None:
-        if self._pid != os.getpid() or not self._thread.is_alive():
+        if self._ended or self._pid != os.getpid() or not self._thread.is_alive():
             return
+        self._ended = True
 
         async def wind_up() -> None:
-            for function in self._at_exit:
-                with contextlib.suppress(Exception):
-                    function()
             others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
             for task in others:
                 task.cancel()
@@ -183,7 +218,7 @@ class IoThread:
             self.loop.stop()
 
         with contextlib.suppress(RuntimeError):
-            asyncio.run_coroutine_threadsafe(wind_up(), self.loop)
+            self.loop.call_soon_threadsafe(lambda: self.loop.create_task(wind_up()))
             self._thread.join(_JOIN_SECONDS)
 
 
@@ -210,6 +245,7 @@ class _Port:
     """What crosses between one caller's loop and the I/O thread, gathered by turns of the loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, io: IoThread) -> None:
+        self.thread = threading.current_thread()
         self._loop = weakref.ref(loop)
         self._io = io
         self._outgoing: list[Callable[[], object]] = []
@@ -218,6 +254,9 @@ class _Port:
 
     def send(self, function: Callable[[], object]) -> None:
         """Have a function called in the I/O thread; from the caller's loop."""
+        if self._io.is_current:
+            self._io.loop.call_soon(function)
+            return
         if not self._outgoing:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outgoing.append(function)
@@ -228,6 +267,10 @@ class _Port:
 
     def deliver(self, future: asyncio.Future[Any], result: Any) -> None:
         """Set a future's result on the caller's loop; from the I/O thread."""
+        if self._loop() is self._io.loop:
+            if not future.done():
+                future.set_result(result)
+            return
         self._incoming.append((future, result))
         loop = self._loop()
         if not self._woken and loop is not None:

@@ -268,14 +268,6 @@ class Lane(Generic[T, R]):
             self._idle_waiters.append(waiter)
             await waiter
 
-    def abandon(self) -> None:
-        """Give up on everything, for a process that ends."""
-        for submission in list(self._open):
-            self.cancel(submission)
-        for flight in list(self._flights):
-            if flight.task is not None:
-                flight.task.cancel()
-
     @property
     def in_flight(self) -> int:
         """Batches under way."""

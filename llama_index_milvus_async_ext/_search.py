@@ -50,7 +50,12 @@ class SearchPlan:
 
 
 def plan_search(
-    store: AsyncMilvusVectorStore, schema: Schema, query: VectorStoreQuery, sparse: Any, options: dict[str, Any]
+    store: AsyncMilvusVectorStore,
+    schema: Schema,
+    query: VectorStoreQuery,
+    sparse: Any,
+    options: dict[str, Any],
+    is_lite: bool,
 ) -> SearchPlan:
     """Plan one query.
 
@@ -61,6 +66,7 @@ def plan_search(
         sparse: Its sparse vector, or its text where Milvus computes that; None in modes that need neither.
         options: Upstream's keyword arguments of `query`: `milvus_search_config`, `milvus_partition_names`,
             `milvus_scalar_filters`, `string_expr`, `mmr_threshold`, `mmr_prefetch_factor`, `mmr_prefetch_k`.
+        is_lite: Whether this is Milvus Lite.
 
     Raises:
         ValueError: The query lacks what its mode needs, or can't be answered by this collection.
@@ -79,7 +85,8 @@ def plan_search(
     field_name, data, hybrid, ranker = store.embedding_field, None, None, None
     if mode in _SPARSE_MODES:
         field_name, data = store.sparse_embedding_field, sparse
-        search_params = {"params": {"drop_ratio_search": 0.2}}
+        # As upstream; Milvus Lite searches sparse vectors exactly, and refuses to leave the small values out.
+        search_params = {} if is_lite else {"params": {"drop_ratio_search": 0.2}}
     else:
         data = _checked_embedding(query, store.dim)
     if mode == VectorStoreQueryMode.HYBRID:

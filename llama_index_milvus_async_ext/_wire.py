@@ -12,7 +12,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +62,22 @@ class _MendableFailuresFilter(logging.Filter):
         return not getattr(_silenced, "on", False)
 
 
+class _UnknownMethodsFilter(logging.Filter):
+    """Drops what gRPC's server says when pymilvus asks Milvus Lite for a method that it does not have.
+
+    pymilvus expects that answer and goes on; the traceback would reach the user's screen all the same.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and record.exc_info[0] is NotImplementedError)
+
+
+def _add_filter(logger_name: str, wanted: type[logging.Filter]) -> None:
+    source = logging.getLogger(logger_name)
+    if not any(isinstance(known, wanted) for known in source.filters):
+        source.addFilter(wanted())
+
+
 @contextlib.contextmanager
 def silence_pymilvus() -> Any:
     """Keep pymilvus from logging the failures of calls made inside, in this thread only.
@@ -70,9 +85,7 @@ def silence_pymilvus() -> Any:
     Their errors reach the caller in any case, who knows whether a further attempt mends them.
     """
     for name in _NOISY_LOGGERS:
-        source = logging.getLogger(name)
-        if not any(isinstance(known, _MendableFailuresFilter) for known in source.filters):
-            source.addFilter(_MendableFailuresFilter())
+        _add_filter(name, _MendableFailuresFilter)
     before = getattr(_silenced, "on", False)
     _silenced.on = True
     try:
@@ -447,6 +460,8 @@ class Connection:
 
     def __init__(self, settings: ConnectionSettings) -> None:
         self.uri = settings.uri
+        if settings.is_file:
+            _add_filter("grpc._server", _UnknownMethodsFilter)
         with silence_pymilvus():
             try:
                 self.client = settings.client()
@@ -455,7 +470,6 @@ class Connection:
                     raise
                 self.uri = f"http://{settings.served_at}"
                 self.client = settings.client(self.uri)
-        self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="milvus-call")
         self._schemas: dict[str, Schema] = {}
         self._db_name: str = getattr(getattr(self.client, "_config", None), "db_name", "")
 
@@ -474,13 +488,33 @@ class Connection:
                 return ""
 
     async def in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a blocking call of the public client in a thread, its failures unlogged."""
+        """Run a blocking call of the public client in a thread, its failures unlogged.
 
-        def quietly() -> Any:
-            with silence_pymilvus():
-                return function(*args, **kwargs)
+        A daemon thread, so that the interpreter's exit does not wait for a call to a server that never answers.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, quietly)
+        def deliver(result: Any, error: BaseException | None) -> None:
+            if answer.done():
+                return
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(result)
+
+        def call() -> None:
+            result, error = None, None
+            try:
+                with silence_pymilvus():
+                    result = function(*args, **kwargs)
+            except Exception as raised:
+                error = raised
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+                loop.call_soon_threadsafe(deliver, result, error)
+
+        threading.Thread(target=call, name="milvus-call", daemon=True).start()
+        return await answer
 
     async def schema(self, collection: str, timeout: float) -> Schema:
         """The collection's schema, asked for once."""
@@ -542,8 +576,7 @@ class Connection:
         return found if found else [Hits([], [], []) for _ in queries]
 
     def close(self) -> None:
-        """Close the connection and its threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Close the connection."""
         self.client.close()
 
     def _stub(self) -> Any:

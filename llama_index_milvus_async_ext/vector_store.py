@@ -364,7 +364,7 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
     def start_write(self, nodes: list[BaseNode]) -> Future[WriteReport]:
         """Begin to write nodes, and return at once; the result is that of `write`."""
         coroutine = self._awrite(nodes, self._sparse_of_nodes(nodes))
-        return asyncio.run_coroutine_threadsafe(coroutine, IoThread.get().loop)
+        return IoThread.get().start(coroutine)
 
     async def _awrite(
         self,
@@ -506,7 +506,8 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
     def _plans(
         self, schema: Schema, queries: Sequence[VectorStoreQuery], sparse: list[Any], options: dict[str, Any]
     ) -> list[SearchPlan]:
-        return [plan_search(self, schema, query, part, options) for query, part in zip(queries, sparse, strict=True)]
+        is_lite = self._live().endpoint.is_lite
+        return [plan_search(self, schema, *pair, options, is_lite) for pair in zip(queries, sparse, strict=True)]
 
     def _results(self, plans: list[SearchPlan], found: list[Any]) -> list[VectorStoreQueryResult]:
         return [result_of(self, plan, hits) for plan, hits in zip(plans, found, strict=True)]

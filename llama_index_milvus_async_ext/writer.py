@@ -121,17 +121,16 @@ class AsyncMilvusWriter(TransformComponent):
             try:
                 for part in parts:
                     await part.aembed_with(self._aembed)
-                    pending.append(asyncio.create_task(store.awrite(part.nodes)))
+                    pending.append(asyncio.create_task(part.awrite(store)))
                     pending[-1].add_done_callback(part.counted_on(bar))
                     await _until_handed_over()
                 reports = await asyncio.gather(*pending)
             except BaseException:
                 for task in pending:
                     task.cancel()
-                ended = await asyncio.gather(*pending, return_exceptions=True)
-                known = [end if isinstance(end, WriteReport) else getattr(end, "report", None) for end in ended]
-                elapsed = time.perf_counter() - started
-                self._last_report = WriteReport.merged((report for report in known if report), elapsed)
+                await asyncio.gather(*pending, return_exceptions=True)
+                known = [part.report for part in parts if part.report is not None]
+                self._last_report = WriteReport.merged(known, time.perf_counter() - started)
                 raise
         return self._finish(nodes, parts, reports, started)
 
@@ -205,6 +204,16 @@ class _Part:
     nodes: list[BaseNode]
     missing: list[BaseNode]  # those that have no embedding yet
     error: Exception | None = None
+    report: WriteReport | None = None
+
+    async def awrite(self, store: AsyncMilvusVectorStore) -> WriteReport:
+        """Write the part; the report is kept if the call is cancelled, too."""
+        try:
+            self.report = await store.awrite(self.nodes)
+        except asyncio.CancelledError as cancelled:
+            self.report = getattr(cancelled, "report", None)
+            raise
+        return self.report
 
     def embed_with(self, embed: Callable[[list[str]], list[list[float]]]) -> None:
         """Embed what is missing. A failure is kept: it costs these nodes, and no others."""

@@ -1,0 +1,127 @@
+"""What all tests share: real Milvus in its two forms, a fault proxy before it, collections, nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
+from pymilvus import MilvusClient, MilvusException
+
+from tests.fault_proxy import FaultProxy
+from tests.servers import MilvusServer
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A running Milvus. `address` is its gRPC address, `has_sparse` whether it has BM25 and hybrid search."""
+
+    name: str
+    uri: str
+    address: str
+    has_sparse: bool
+
+
+class MakeNodes(Protocol):
+    def __call__(self, n: int, dim: int = 8, seed: int = 0, prefix: str | None = None) -> list[TextNode]: ...
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "milvus_server" in getattr(item, "fixturenames", ()):
+            item.add_marker("server")
+
+
+@pytest.fixture(scope="session")
+def lite_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The `.db` path of a Milvus Lite in the tests' own process; it starts with the first connection."""
+    return str(tmp_path_factory.mktemp("lite") / "shared.db")
+
+
+@pytest.fixture(scope="session")
+def milvus_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
+    """The Milvus standalone that tests share: do not kill or freeze this one."""
+    if reason := MilvusServer.unavailable_reason():
+        pytest.skip(reason)
+    with MilvusServer(tmp_path_factory.mktemp("milvus")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session", params=["lite", pytest.param("server", marks=pytest.mark.server)])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Both forms of Milvus, one after the other."""
+    if request.param == "lite":
+        uri = request.getfixturevalue("lite_uri")
+        return Backend("lite", uri, lite_address(uri), has_sparse=True)
+    server = request.getfixturevalue("milvus_server")
+    return Backend("server", server.uri, server.address, has_sparse=False)
+
+
+def lite_address(uri: str | Path) -> str:
+    """Where the Milvus Lite of a `.db` path listens on loopback; started if need be, in this process."""
+    from milvus_lite.server_manager import server_manager_instance
+
+    loopback_uri = server_manager_instance.start_and_get_uri(str(uri))
+    if loopback_uri is None:
+        raise RuntimeError(f"Milvus Lite did not open {uri}")
+    return str(loopback_uri).removeprefix("http://")
+
+
+@pytest.fixture
+def fault_proxy(backend: Backend) -> Iterator[FaultProxy]:
+    """A fault proxy before the `backend` of this test."""
+    with FaultProxy(backend.address) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def collection_name(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A name that no other test has; what is there under it afterwards, on the test's Milvus, is dropped."""
+    uris = [
+        request.getfixturevalue("backend").uri if "backend" in request.fixturenames else None,
+        request.getfixturevalue("lite_uri") if "lite_uri" in request.fixturenames else None,
+        request.getfixturevalue("milvus_server").uri if "milvus_server" in request.fixturenames else None,
+    ]
+    name = f"t_{uuid.uuid4().hex}"
+    yield name
+    for uri in dict.fromkeys(filter(None, uris)):
+        client = MilvusClient(uri)
+        try:
+            with contextlib.suppress(MilvusException):  # a test may have dropped it itself
+                client.drop_collection(name)
+        finally:
+            client.close()
+
+
+@pytest.fixture(scope="session")
+def make_nodes() -> MakeNodes:
+    """A factory of nodes with embeddings: `make_nodes(100, dim=8, seed=1, prefix="a")`.
+
+    Ids are "<prefix>-<number>", with a fresh prefix where none is given; ten nodes share a document. Text, metadata
+    and embeddings follow from seed and number alone.
+    """
+
+    def make(n: int, dim: int = 8, seed: int = 0, prefix: str | None = None) -> list[TextNode]:
+        chance = random.Random(seed)
+        prefix = prefix if prefix is not None else uuid.uuid4().hex[:12]
+        nodes = []
+        for number in range(n):
+            document = f"{prefix}-doc-{number // 10}"
+            nodes.append(
+                TextNode(
+                    id_=f"{prefix}-{number}",
+                    text=f"node {number} of seed {seed}: {chance.getrandbits(64):016x}",
+                    metadata={"number": number, "group": f"g{number % 5}", "file_name": f"{document}.txt"},
+                    embedding=[chance.uniform(-1.0, 1.0) for _ in range(dim)],
+                    relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=document)},
+                )
+            )
+        return nodes
+
+    return make

@@ -1,0 +1,257 @@
+"""The writer in pipelines: sync and async, cached, embedding while writing, and what it says of failures."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from typing import Any
+
+import pytest
+from llama_index.core.ingestion import IngestionCache, IngestionPipeline
+from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.schema import BaseNode, MetadataMode, TextNode
+from llama_index.vector_stores.milvus import MilvusVectorStore
+from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.event_handlers import BaseEventHandler
+from tests.conftest import Backend, MakeNodes
+from tests.corpus import documents
+from tests.embedding import HashEmbedding
+
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, WriteError
+from llama_index_milvus_async_ext.events import MilvusWriteEvent
+
+DIM = 32
+
+
+@pytest.fixture
+def store(backend: Backend, collection_name: str) -> Any:
+    with AsyncMilvusVectorStore(
+        uri=backend.uri, collection_name=collection_name, dim=DIM, consistency_level="Strong"
+    ) as store:
+        yield store
+
+
+def stored(store: AsyncMilvusVectorStore, nodes: list[BaseNode]) -> set[str]:
+    return {node.node_id for node in store.get_nodes(node_ids=[node.node_id for node in nodes])}
+
+
+def pipeline_for(store: MilvusVectorStore, **options: Any) -> IngestionPipeline:
+    splitter = SentenceSplitter(chunk_size=256, chunk_overlap=0)
+    return IngestionPipeline(
+        transformations=[splitter, HashEmbedding(dim=DIM), AsyncMilvusWriter(vector_store=store, **options)]
+    )
+
+
+async def arun(pipeline: IngestionPipeline, **options: Any) -> Any:
+    return await pipeline.arun(**options)
+
+
+def run_in_loop(pipeline: IngestionPipeline, **options: Any) -> Any:
+    return asyncio.run(arun(pipeline, **options))
+
+
+def run_inside_a_running_loop(pipeline: IngestionPipeline, **options: Any) -> Any:
+    async def cell() -> Any:
+        return pipeline.run(**options)  # as a notebook does, without nest_asyncio
+
+    return asyncio.run(cell())
+
+
+@pytest.mark.parametrize("run", [IngestionPipeline.run, run_in_loop, run_inside_a_running_loop])
+def test_a_pipeline_stores_what_it_returns_in_every_run(store: AsyncMilvusVectorStore, run: Callable[..., Any]) -> None:
+    pipeline = pipeline_for(store)
+    first = list(run(pipeline, documents=documents(limit=3, min_chars=2_000)))
+    assert first and stored(store, first) == {node.node_id for node in first}
+    assert all(isinstance(node, TextNode) and node.embedding is not None for node in first)
+    store.delete_nodes(node_ids=[node.node_id for node in first])
+    second = list(run(pipeline, documents=documents(limit=3, min_chars=2_000)))
+    assert stored(store, second) == {node.node_id for node in second}, "written again, past the cache"
+
+
+def test_a_second_run_returns_its_own_nodes_past_the_cache(
+    store: AsyncMilvusVectorStore, make_nodes: MakeNodes
+) -> None:
+    pipeline = IngestionPipeline(transformations=[AsyncMilvusWriter(vector_store=store)], cache=IngestionCache())
+    first, second = make_nodes(5, dim=DIM, seed=1), make_nodes(5, dim=DIM, seed=1)  # same text, other ids
+    assert pipeline.run(nodes=first) == first
+    assert [n.node_id for n in pipeline.run(nodes=second)] == [n.node_id for n in second]
+    assert len(stored(store, [*first, *second])) == 10
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("blocking", [True, False])
+def test_embedding_overlaps_writing_and_keeps_order(
+    store: AsyncMilvusVectorStore, make_nodes: MakeNodes, is_async: bool, blocking: bool
+) -> None:
+    model = HashEmbedding(dim=DIM, seconds_per_text=0.002, blocking=blocking, embed_batch_size=10)
+    nodes = make_nodes(200, dim=DIM)
+    given = {node.node_id: list(node.embedding or []) for node in nodes[::3]}
+    for index, node in enumerate(nodes):
+        if index % 3:
+            node.embedding = None
+    writer = AsyncMilvusWriter(vector_store=store, embed_model=model)
+    before = store.statistics().requests
+    returned = asyncio.run(writer.acall(nodes)) if is_async else writer(nodes)
+    assert list(returned) == nodes
+    assert model.texts == sum(1 for index in range(200) if index % 3), "only what had no embedding is embedded"
+    for index, node in enumerate(nodes):
+        expected = given[node.node_id] if index % 3 == 0 else model.vector(node.get_content(MetadataMode.EMBED))
+        assert node.embedding == expected
+    assert stored(store, nodes) == {node.node_id for node in nodes}
+    assert store.statistics().requests - before >= 3, "writing began before the embedding was done"
+    assert writer.last_report is not None and len(writer.last_report.written) == 200
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_failures_are_raised_or_collected(store: AsyncMilvusVectorStore, make_nodes: MakeNodes, is_async: bool) -> None:
+    nodes = make_nodes(20, dim=DIM)
+    nodes[3].embedding, nodes[9].text = [0.1], "x" * 70_000
+
+    def call(writer: AsyncMilvusWriter) -> Any:
+        return asyncio.run(writer.acall(nodes)) if is_async else writer(nodes)
+
+    with pytest.raises(WriteError) as raised:
+        call(AsyncMilvusWriter(vector_store=store))
+    assert [f.node for f in raised.value.report.failed] == [nodes[3], nodes[9]]
+    assert len(stored(store, nodes)) == 18, "all that can be written is written first"
+    collecting = AsyncMilvusWriter(vector_store=store, on_failure="collect")
+    assert call(collecting) == nodes
+    assert collecting.last_report is not None
+    assert [f.node for f in collecting.last_report.failed] == [nodes[3], nodes[9]]
+
+
+class HalfBrokenEmbedding(HashEmbedding):
+    def _embed(self, texts: list[str]) -> list[list[float]]:
+        if any("broken" in text for text in texts):
+            raise RuntimeError("the model choked")
+        return super()._embed(texts)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_embedding_failure_costs_only_its_part(
+    store: AsyncMilvusVectorStore, make_nodes: MakeNodes, is_async: bool
+) -> None:
+    nodes = make_nodes(30, dim=DIM)
+    for node in nodes:
+        node.embedding = None
+    nodes[25].text = "broken"
+    model = HalfBrokenEmbedding(dim=DIM, embed_batch_size=10, num_workers=1)
+    writer = AsyncMilvusWriter(vector_store=store, embed_model=model, on_failure="collect")
+    if is_async:
+        asyncio.run(writer.acall(nodes))
+    else:
+        writer(nodes)
+    report = writer.last_report
+    assert report is not None
+    assert [f.node for f in report.failed] == nodes[20:]
+    assert all("choked" in str(f.error) and f.retryable for f in report.failed)
+    assert len(report.written) == 20
+
+
+async def test_a_cancelled_write_leaves_a_report_of_every_node(
+    store: AsyncMilvusVectorStore, make_nodes: MakeNodes
+) -> None:
+    nodes = make_nodes(5_000, dim=DIM)
+    writer = AsyncMilvusWriter(vector_store=store)
+    writing = asyncio.create_task(writer.acall(nodes))
+    await asyncio.sleep(0.1)
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    report = writer.last_report
+    assert report is not None
+    reported = [*report.written, *(f.node.node_id for f in (*report.failed, *report.unknown))]
+    assert sorted(reported) == sorted(node.node_id for node in nodes)
+    again = await store.awrite([f.node for f in (*report.failed, *report.unknown)])
+    assert len(again.written) == len(report.failed) + len(report.unknown)
+    assert stored(store, nodes) == {node.node_id for node in nodes}
+
+
+def test_a_plain_store_is_taken_over(backend: Backend, collection_name: str, make_nodes: MakeNodes) -> None:
+    plain = MilvusVectorStore(
+        uri=backend.uri, collection_name=collection_name, dim=DIM, consistency_level="Strong", use_async_client=False
+    )
+    writer = AsyncMilvusWriter(vector_store=plain)
+    nodes = make_nodes(5, dim=DIM)
+    writer(nodes)
+    writer(nodes)
+    assert len(plain.get_nodes(node_ids=[node.node_id for node in nodes])) == 5
+    with pytest.raises(TypeError, match="AsyncMilvusVectorStore or a MilvusVectorStore"):
+        AsyncMilvusWriter(vector_store="http://localhost:19530")  # type: ignore[arg-type]
+    writer.vector_store.close()
+
+
+def test_progress_is_shown_when_asked_for(store: AsyncMilvusVectorStore, make_nodes: MakeNodes) -> None:
+    for show, expected in ((True, "25/25"), (False, "")):
+        with redirect_stderr(io.StringIO()) as shown:
+            AsyncMilvusWriter(vector_store=store, show_progress=show)(make_nodes(25, dim=DIM))
+        assert expected in shown.getvalue()
+        assert bool(shown.getvalue()) == show
+
+
+def test_nothing_to_write(store: AsyncMilvusVectorStore) -> None:
+    for model in (None, HashEmbedding(dim=DIM)):
+        writer = AsyncMilvusWriter(vector_store=store, embed_model=model)
+        assert list(writer([])) == []
+        assert asyncio.run(writer.acall([])) == []
+
+
+def test_an_event_tells_of_each_write(store: AsyncMilvusVectorStore, make_nodes: MakeNodes) -> None:
+    seen: list[Any] = []
+
+    class Handler(BaseEventHandler):
+        def handle(self, event: Any, **kwargs: Any) -> Any:
+            if isinstance(event, MilvusWriteEvent):
+                seen.append(event)
+
+    handler = Handler()
+    root = get_dispatcher()
+    root.add_event_handler(handler)
+    try:
+        AsyncMilvusWriter(vector_store=store)(make_nodes(7, dim=DIM))
+    finally:
+        root.event_handlers.remove(handler)
+    assert [(e.collection_name, e.written, e.failed, e.unknown) for e in seen] == [(store.collection_name, 7, 0, 0)]
+
+
+def test_no_secret_is_shown(backend: Backend, collection_name: str) -> None:
+    class SecretEmbedding(HashEmbedding):
+        api_key: str = "sk-s3cret"
+
+    with AsyncMilvusVectorStore(uri=backend.uri, token="root:s3cret", collection_name=collection_name, dim=DIM) as one:
+        writer = AsyncMilvusWriter(vector_store=one, embed_model=SecretEmbedding(dim=DIM))
+        assert "s3cret" not in repr(writer) + str(writer) + str(writer.to_dict())
+
+
+def test_each_description_differs_so_that_no_cache_holds_it(store: AsyncMilvusVectorStore) -> None:
+    writer = AsyncMilvusWriter(vector_store=store)
+    assert writer.to_dict() != writer.to_dict()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_slow_model_does_not_hold_writing_up(
+    store: AsyncMilvusVectorStore, make_nodes: MakeNodes, is_async: bool
+) -> None:
+    """While a blocking model works on the last part, what was embedded before is already stored."""
+    nodes = make_nodes(40, dim=DIM)
+    for node in nodes:
+        node.embedding = None
+    moments: list[int] = []
+
+    class Watching(HashEmbedding):
+        def _embed(self, texts: list[str]) -> list[list[float]]:
+            time.sleep(0.5)
+            moments.append(store.statistics().rows)
+            return super()._embed(texts)
+
+    model = Watching(dim=DIM, embed_batch_size=10, num_workers=1)
+    rows_before = store.statistics().rows
+    writer = AsyncMilvusWriter(vector_store=store, embed_model=model)
+    if is_async:
+        asyncio.run(writer.acall(nodes))
+    else:
+        writer(nodes)
+    assert [moment - rows_before for moment in moments] == [0, 10, 20, 30]

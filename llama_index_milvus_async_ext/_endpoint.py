@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -303,8 +303,7 @@ def _explanation(settings: ConnectionSettings, error: BaseException) -> str:
             f"{uri} can't be opened: most likely another process holds it, as Milvus Lite serves a file to one; "
             "close it there, or start `milvus-lite server` on the folder and give all processes its http:// address"
         )
-    status = next((cause for cause in _causes(error) if isinstance(cause, grpc.RpcError)), None)
-    code = RpcFailure.from_grpc(status).status if status is not None else ""
+    failure = RpcFailure.cause_of(error)
     reason = {
         "UNAVAILABLE": "no Milvus server answers there; check that it runs, the host and the port, and whether it "
         "expects TLS (https://) or not (http://)",
@@ -312,14 +311,8 @@ def _explanation(settings: ConnectionSettings, error: BaseException) -> str:
         "PERMISSION_DENIED": "it refuses the token; check token= and the rights of its user",
         "DEADLINE_EXCEEDED": "it accepts connections, but does not answer; is it a healthy Milvus server?",
         "UNIMPLEMENTED": "the server there is no Milvus server, or the port is not its gRPC port (19530 by default)",
-    }.get(code)
+    }.get(failure.status if failure is not None else "")
     return f"can't connect to {uri}: {reason or error}"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 if hasattr(os, "register_at_fork"):

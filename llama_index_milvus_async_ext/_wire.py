@@ -404,9 +404,14 @@ class ConnectionSettings:
         self.served_at = served_at
         self.token = token
         self.options = dict(options or {})
-        if self.is_file:
+        self.options["grpc_options"] = {
+            # gRPC would wait up to two minutes before it tries a lost server again, longer than our own deadline.
+            "grpc.initial_reconnect_backoff_ms": 100,
+            "grpc.max_reconnect_backoff_ms": 1_000,
             # Milvus Lite answers the ten-second pings of pymilvus with "too many pings" on stderr.
-            self.options.setdefault("grpc_options", {"grpc.keepalive_time_ms": _LITE_KEEPALIVE_MS})
+            **({"grpc.keepalive_time_ms": _LITE_KEEPALIVE_MS} if self.is_file else {}),
+            **self.options.get("grpc_options", {}),
+        }
         self._key = (uri, token, repr(sorted(self.options.items())))
 
     @classmethod
@@ -509,7 +514,7 @@ class Connection:
                 with silence_pymilvus():
                     result = function(*args, **kwargs)
             except Exception as raised:
-                error = raised
+                error = RpcFailure.cause_of(raised) or raised
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
                 loop.call_soon_threadsafe(deliver, result, error)
 

@@ -84,6 +84,16 @@ class RpcFailure(MilvusException):
         return (type(self), (self.status, self.details, self.sent))
 
     @classmethod
+    def cause_of(cls, error: BaseException) -> RpcFailure | None:
+        """What gRPC said, if that is behind an error of pymilvus's, which may hide it under a code of its own."""
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, grpc.RpcError):
+                return cls.from_grpc(cause)
+            cause = cause.__cause__
+        return None
+
+    @classmethod
     def from_grpc(cls, error: grpc.RpcError) -> RpcFailure:
         """Keep of a gRPC error what tells its meaning."""
         call: Any = error
@@ -123,10 +133,13 @@ _BY_GRPC_STATUS = {
 
 # Milvus' own codes (pkg/util/merr of milvus 2.3 to 2.6). What is not listed is about the data of the request.
 _OVERLOAD_CODES = frozenset({3, 4, 7, 8, 9})  # memory, requests, disk, rate limit, writes denied
-_TRANSIENT_CODES = frozenset({1, 2, 101, 103, 106, 400, 401, 500, 501, 502, 503, 600, 601, 603, 901, 902})
+_TRANSIENT_CODES = frozenset({2, 101, 103, 106, 400, 401, 500, 501, 502, 503, 600, 601, 603, 901, 902})
 _PERMANENT_CODES = frozenset({100, 102, 200, 700, 800, 801, 1400, 1401, 1600})  # a thing that does not exist
 _COMPATIBLE_OVERLOAD_CODES = frozenset({48, 49, 53, 54})  # the older numbers: denied, rate limit, memory, disk
+# Not ready (twice), and a schema that has changed since it was asked for. Code 1 alone won't do: Milvus means "not
+# ready" by it, Milvus Lite everything that it did not expect, a bad query for one.
 _COMPATIBLE_SCHEMA_MISMATCH = 62
+_COMPATIBLE_TRANSIENT_CODES = frozenset({56, 57, _COMPATIBLE_SCHEMA_MISMATCH})
 COLLECTION_NOT_FOUND = 100
 COLLECTION_NOT_LOADED = 101
 
@@ -148,7 +161,8 @@ def classify(error: BaseException) -> Verdict:
             return Verdict.OVERLOAD
         if code in _PERMANENT_CODES:
             return Verdict.PERMANENT
-        if code in _TRANSIENT_CODES or compatible == _COMPATIBLE_SCHEMA_MISMATCH or getattr(error, "retriable", False):
+        retriable = code in _TRANSIENT_CODES or compatible in _COMPATIBLE_TRANSIENT_CODES
+        if retriable or getattr(error, "retriable", False):
             return Verdict.TRANSIENT
         return Verdict.BAD_DATA
     if isinstance(error, grpc.RpcError):

@@ -1,0 +1,174 @@
+"""Killed servers and killed clients: what was acknowledged is there, once, and calls go on by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_index.core.schema import TextNode
+from llama_index.core.vector_stores.types import VectorStoreQuery
+from pymilvus import MilvusClient
+from tests.conftest import MakeNodes
+from tests.servers import LiteServer, MilvusServer
+
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy
+
+DIM = 32
+NODES = 20_000
+
+
+def ids_in(uri: str, collection: str) -> Counter[str]:
+    client = MilvusClient(uri, dedicated=True)
+    try:
+        client.load_collection(collection)
+        found: Counter[str] = Counter()
+        pages = client.query_iterator(
+            collection, filter="", output_fields=["id"], batch_size=5_000, consistency_level="Strong"
+        )
+        while page := pages.next():
+            found.update(row["id"] for row in page)
+        pages.close()
+        return found
+    finally:
+        client.close()
+
+
+@pytest.fixture(params=["lite", pytest.param("server", marks=pytest.mark.server)])
+def own_server(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """A server of the test's own, to kill."""
+    if request.param == "lite":
+        with LiteServer(tmp_path / "data") as server:
+            yield server
+    else:
+        if reason := MilvusServer.unavailable_reason():
+            pytest.skip(reason)
+        with MilvusServer(tmp_path / "data") as server:
+            yield server
+
+
+@pytest.mark.slow
+async def test_a_server_killed_and_restarted_in_the_middle_loses_and_doubles_nothing(
+    own_server: Any, make_nodes: MakeNodes
+) -> None:
+    store = AsyncMilvusVectorStore(
+        uri=own_server.uri, collection_name="killed", dim=DIM, consistency_level="Strong", rpc_timeout_seconds=10
+    )
+    nodes = make_nodes(NODES, dim=DIM)
+    writing = asyncio.create_task(store.awrite(nodes))
+    before = store.statistics().rows
+    while store.statistics().rows - before < NODES // 4:
+        await asyncio.sleep(0.01)
+    own_server.kill()
+    killed_at = store.statistics()
+    assert not writing.done(), "it is killed in the middle"
+    await asyncio.sleep(5)
+    storm = store.statistics().requests - killed_at.requests
+    await asyncio.to_thread(own_server.start)
+    report = await writing
+    assert (len(report.written), report.failed, report.unknown) == (NODES, [], [])
+    assert storm < 200, f"{storm} requests in five seconds to a dead server"
+    query = VectorStoreQuery(query_embedding=nodes[0].embedding, similarity_top_k=3)
+    answer = await store.aquery(query)  # by itself, past codes 101 and Lite's released collections
+    assert len(answer.ids or []) == 3
+    stored = ids_in(own_server.uri, "killed")
+    assert set(stored) == {node.node_id for node in nodes}
+    assert max(stored.values()) == 1
+    await store.aclose()
+
+
+async def test_a_frozen_server_costs_the_deadline_and_thawed_answers_again(
+    tmp_path: Path, make_nodes: MakeNodes
+) -> None:
+    with LiteServer(tmp_path / "data") as server:
+        policy = RetryPolicy(deadline_seconds=2, max_backoff_seconds=0.2)
+        store = AsyncMilvusVectorStore(
+            uri=server.uri, collection_name="frozen", dim=DIM, rpc_timeout_seconds=0.5, retry=policy
+        )
+        nodes = make_nodes(500, dim=DIM)
+        await store.async_add(nodes)
+        server.freeze()
+        query = VectorStoreQuery(query_embedding=nodes[0].embedding, similarity_top_k=3)
+        began = time.monotonic()
+        report, answer = await asyncio.gather(store.awrite(nodes), store.aquery(query), return_exceptions=True)
+        assert time.monotonic() - began < 3.5
+        assert not isinstance(report, BaseException) and len(report.failed) + len(report.unknown) == 500
+        assert isinstance(answer, Exception)
+        server.thaw()
+        assert len((await store.awrite(nodes)).written) == 500
+        assert len((await store.aquery(query)).ids or []) == 3
+        await store.aclose()
+
+
+WRITER = textwrap.dedent(
+    """
+    import asyncio, sys
+    from llama_index.core.schema import TextNode
+    from llama_index_milvus_async_ext import AsyncMilvusVectorStore
+
+    async def main(path, first):
+        store = AsyncMilvusVectorStore(uri=path, collection_name="killed", dim=8, batch_size=20)
+        print("ready", flush=True)
+
+        async def writer(name):
+            for number in range(10_000):
+                ids = [f"{first}-{name}-{number}-{i}" for i in range(10)]
+                nodes = [TextNode(id_=id_, text="text", embedding=[0.5] * 8) for id_ in ids]
+                for id_ in await store.async_add(nodes):
+                    print(id_, flush=True)
+
+        await asyncio.gather(*map(writer, "abcdef"))
+
+    asyncio.run(main(*sys.argv[1:]))
+    """
+)
+
+
+@pytest.mark.slow
+def test_a_killed_client_with_lite_in_it_keeps_every_acknowledged_row(tmp_path: Path) -> None:
+    path = str(tmp_path / "killed.db")
+    chance = random.Random(7)
+    acknowledged: list[str] = []
+    kills = 20
+    for kill in range(kills):
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITER, path, str(kill)],
+            stdout=subprocess.PIPE,
+            text=True,
+            stderr=subprocess.DEVNULL,
+        ) as client:
+            assert client.stdout is not None
+            assert client.stdout.readline() == "ready\n"
+            time.sleep(chance.uniform(0.05, 0.6))
+            client.kill()
+            acknowledged += client.stdout.read().split("\n")[:-1]
+    assert len(acknowledged) > 50 * kills
+    with AsyncMilvusVectorStore(uri=path, collection_name="killed", dim=8) as store:
+        stored = ids_in(store.client._config.uri, "killed")
+    lost = set(acknowledged) - set(stored)
+    assert not lost, f"{len(lost)} of {len(acknowledged)} acknowledged rows are gone"
+    assert max(stored.values()) == 1
+    print(f"{len(acknowledged)} rows acknowledged, {kills} kills, none lost")
+
+
+def test_nodes_of_a_killed_server_can_be_tried_again(tmp_path: Path, make_nodes: MakeNodes) -> None:
+    with LiteServer(tmp_path / "data") as server:
+        policy = RetryPolicy(max_attempts=2, initial_backoff_seconds=0.01, deadline_seconds=2)
+        store = AsyncMilvusVectorStore(uri=server.uri, collection_name="c", dim=DIM, retry=policy)
+        nodes: list[TextNode] = make_nodes(50, dim=DIM)
+        server.kill()
+        report = store.write(nodes)
+        assert len(report.failed) + len(report.unknown) == 50
+        server.start()
+        with AsyncMilvusVectorStore(uri=server.uri, collection_name="c", dim=DIM) as patient:
+            again = patient.write([f.node for f in (*report.failed, *report.unknown)])
+            assert len(again.written) == 50
+        assert len(ids_in(server.uri, "c")) == 50
+        store.close()

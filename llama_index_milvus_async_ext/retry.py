@@ -86,11 +86,14 @@ class RpcFailure(MilvusException):
     @classmethod
     def cause_of(cls, error: BaseException) -> RpcFailure | None:
         """What gRPC said, if that is behind an error of pymilvus's, which may hide it under a code of its own."""
+        # pymilvus re-raises an error "from" itself: then it is its own cause, and what it hides is only its context.
+        seen: set[int] = set()
         cause: BaseException | None = error
-        while cause is not None:
+        while cause is not None and id(cause) not in seen:
             if isinstance(cause, grpc.RpcError):
                 return cls.from_grpc(cause)
-            cause = cause.__cause__
+            seen.add(id(cause))
+            cause = cause.__cause__ if cause.__cause__ not in (None, cause) else cause.__context__
         return None
 
     @classmethod

@@ -846,7 +846,7 @@ def _raise_failure(submission: Submission[Any]) -> None:
     if submission.failures:
         error = submission.failures[min(submission.failures)].error
         # Several callers may share the error of one request: each gets a copy of its own to raise.
-        raise copy.copy(error) from error.__cause__
+        raise copy.copy(error) from (error.__cause__ if error.__cause__ is not error else None)
 
 
 def _log_retry(error: BaseException, attempt: int, pause: float) -> None:

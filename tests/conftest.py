@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import uuid
 from collections.abc import Iterator
@@ -10,12 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import llama_index.core
 import pytest
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 from pymilvus import MilvusClient, MilvusException
 
 from tests.fault_proxy import FaultProxy
 from tests.servers import MilvusServer
+
+# A splitter that is unpickled in a worker process loads its tokenizer anew, and from the network unless this names the
+# copy that LlamaIndex carries. A worker without a network never answers, and its pipeline waits for ever.
+os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(llama_index.core.__file__).parent / "_static" / "tiktoken_cache"))
 
 
 @dataclass(frozen=True)

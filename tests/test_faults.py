@@ -41,6 +41,7 @@ from tests.faults import (
     not_loaded,
     rate_limit,
 )
+from tests.waiting import until
 
 DIM = 8
 WRITES = ("Insert", "Upsert")
@@ -77,15 +78,6 @@ def make_store(fault_proxy: FaultProxy, collection_name: str) -> Iterator[Callab
     fault_proxy.heal()
     for store in stores:
         store.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait until another thread has come so far; fails after five seconds."""
-    for _ in range(500):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not happen in five seconds")
 
 
 def rows_of(backend: Backend, collection: str, prefix: str = "") -> Counter[str]:

@@ -16,10 +16,11 @@ import pytest
 from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores.types import VectorStoreQuery
 from pymilvus import MilvusClient
-from tests.conftest import MakeNodes
-from tests.servers import LiteServer, MilvusServer
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy
+from tests.conftest import MakeNodes
+from tests.servers import LiteServer, MilvusServer
+from tests.waiting import until
 
 DIM = 32
 NODES = 20_000
@@ -64,8 +65,7 @@ async def test_a_server_killed_and_restarted_in_the_middle_loses_and_doubles_not
     nodes = make_nodes(NODES, dim=DIM)
     writing = asyncio.create_task(store.awrite(nodes))
     before = store.statistics().rows
-    while store.statistics().rows - before < NODES // 4:
-        await asyncio.sleep(0.01)
+    await until(lambda: store.statistics().rows - before >= NODES // 4, seconds=60)
     own_server.kill()
     killed_at = store.statistics()
     assert not writing.done(), "it is killed in the middle"

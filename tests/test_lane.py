@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.virtual_time import run
 
 from llama_index_milvus_async_ext._lane import Failure, Lane, Submission
 from llama_index_milvus_async_ext._limit import Limit
 from llama_index_milvus_async_ext.retry import RetryPolicy, RpcFailure, StatusFailure
+from tests.virtual_time import run
 
 OK, APPLIED_UNANSWERED, LOST, OVERLOAD, NOT_READY, DENIED = "ok", "applied", "lost", "overload", "not ready", "denied"
 ERRORS = {

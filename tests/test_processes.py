@@ -18,10 +18,10 @@ import pytest
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores.types import VectorStoreQuery
-from tests.conftest import Backend, MakeNodes
-from tests.embedding import HashEmbedding
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, WriteError, WriteReport
+from tests.conftest import Backend, MakeNodes
+from tests.embedding import HashEmbedding
 
 DIM = 16
 

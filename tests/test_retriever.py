@@ -17,11 +17,11 @@ from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index.vector_stores.milvus.utils import BaseSparseEmbeddingFunction, BM25BuiltInFunction
+
+from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore
 from tests.conftest import Backend
 from tests.corpus import documents, stdlib_nodes
 from tests.embedding import HashEmbedding
-
-from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore
 
 DIM = 64
 MODEL = HashEmbedding(dim=DIM)

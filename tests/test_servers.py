@@ -62,6 +62,7 @@ def count(client: MilvusClient, within_seconds: float = 60.0) -> int:
             time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_rows_outlive_a_killed_server(server: ServerProcess, connect: Callable[[], MilvusClient]) -> None:
     server.start()
     client = connect()

@@ -27,10 +27,10 @@ from llama_index.core.vector_stores.types import (
 )
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus import DataType, MilvusClient
-from tests.conftest import Backend, MakeNodes
 
 import llama_index_milvus_async_ext as package
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy, WriteError
+from tests.conftest import Backend, MakeNodes
 
 DIM = 8
 

@@ -16,12 +16,12 @@ from llama_index.core.schema import BaseNode, MetadataMode, TextNode
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.event_handlers import BaseEventHandler
-from tests.conftest import Backend, MakeNodes
-from tests.corpus import documents
-from tests.embedding import HashEmbedding
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, WriteError
 from llama_index_milvus_async_ext.events import MilvusWriteEvent
+from tests.conftest import Backend, MakeNodes
+from tests.corpus import documents
+from tests.embedding import HashEmbedding
 
 DIM = 32
 

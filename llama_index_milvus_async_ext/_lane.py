@@ -15,6 +15,8 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 from llama_index_milvus_async_ext._limit import Limit
 from llama_index_milvus_async_ext.retry import RetryPolicy, Verdict, classify
 
+_OVERLOAD_PAUSE_SHARE = 0.1
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -400,18 +402,21 @@ class Lane(Generic[T, R]):
 
     async def _attempts(self, flight: _Flight[T], group: list[_Item[T]]) -> None:
         """Send a group until it succeeds, or until its error is one that no further attempt will mend."""
+        policy = self._policy
         counted = 0
+        verdict: Verdict | None = None
 
         def stop(state: RetryCallState) -> bool:
             if self._clock() >= flight.deadline_at or not _unsettled(group):
                 return True
-            return counted >= self._policy.max_attempts
+            return counted >= policy.max_attempts
 
         def wait(state: RetryCallState) -> float:
-            policy = self._policy
-            bound = min(
-                policy.initial_backoff_seconds * 2.0 ** min(state.attempt_number - 1, 60), policy.max_backoff_seconds
-            )
+            bound = min(policy.initial_backoff_seconds * 2.0 ** min(counted - 1, 60), policy.max_backoff_seconds)
+            if verdict is Verdict.OVERLOAD:
+                # The limit has slowed the lane down already. A rejection costs the server little, and a quota is
+                # given out by the second: a long pause would leave some of it unused.
+                bound = policy.max_backoff_seconds * _OVERLOAD_PAUSE_SHARE
             pause = random.uniform(0, bound)
             return max(min(pause, flight.deadline_at - self._clock()), 0.0)
 
@@ -450,9 +455,7 @@ class Lane(Generic[T, R]):
                     verdict = classify(error)
                     counted += verdict is not Verdict.OVERLOAD
                     if verdict is Verdict.OVERLOAD:
-                        flight.deadline_at = max(
-                            flight.deadline_at, self._limit.progress_at + self._policy.deadline_seconds
-                        )
+                        flight.deadline_at = max(flight.deadline_at, self._limit.progress_at + policy.deadline_seconds)
                     for item in alive:
                         item.ambiguous |= verdict is Verdict.AMBIGUOUS
                     raise

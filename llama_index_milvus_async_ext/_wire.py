@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import grpc
 import orjson
@@ -31,7 +31,7 @@ from llama_index_milvus_async_ext.retry import RpcFailure, StatusFailure
 logger = logging.getLogger(__name__)
 
 DYNAMIC_FIELD = "$meta"
-_LITE_KEEPALIVE_MS = 600_000
+_LOOPBACK_KEEPALIVE_MS = 600_000
 _SCALAR_ATTRIBUTES = {
     DataType.BOOL: "bool_data",
     DataType.INT8: "int_data",
@@ -408,8 +408,9 @@ class ConnectionSettings:
             # gRPC would wait up to two minutes before it tries a lost server again, longer than our own deadline.
             "grpc.initial_reconnect_backoff_ms": 100,
             "grpc.max_reconnect_backoff_ms": 1_000,
-            # Milvus Lite answers the ten-second pings of pymilvus with "too many pings" on stderr.
-            **({"grpc.keepalive_time_ms": _LITE_KEEPALIVE_MS} if self.is_file else {}),
+            # Milvus Lite answers the ten-second pings of pymilvus with "too many pings" on stderr; and on loopback,
+            # where it mostly is, no connection dies unnoticed.
+            **({"grpc.keepalive_time_ms": _LOOPBACK_KEEPALIVE_MS} if self.is_file or _is_loopback(parsed) else {}),
             **self.options.get("grpc_options", {}),
         }
         self._key = (uri, token, repr(sorted(self.options.items())))
@@ -443,6 +444,11 @@ class ConnectionSettings:
 
     def __repr__(self) -> str:
         return f"ConnectionSettings({self.uri!r})"
+
+
+def _is_loopback(uri: SplitResult) -> bool:
+    host = uri.hostname or ""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def _lite_file_at(address: str) -> str | None:

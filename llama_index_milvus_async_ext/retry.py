@@ -19,10 +19,13 @@ class RetryPolicy:
 
     The pause before attempt n is drawn at random between 0 and
     `min(max_backoff_seconds, initial_backoff_seconds * 2**(n - 1))`, so that many clients don't come back together.
+    After a rejection for overload it is drawn between 0 and a tenth of `max_backoff_seconds`, while the limit on
+    requests in flight takes the pressure off.
 
     Attributes:
         max_attempts: Requests sent for one batch at the most, the first included. A rejection for overload (rate
-            limit) does not count, as the server did not execute it: only the deadline ends those.
+            limit) does not count, as the server did not execute it: only the deadline ends those. The default leaves
+            it to the deadline: with pauses of up to five seconds, fifty attempts take about two minutes.
         initial_backoff_seconds: Upper bound of the first pause.
         max_backoff_seconds: Upper bound of any pause.
         deadline_seconds: How long a call keeps trying while the endpoint acknowledges nothing, waiting time
@@ -30,7 +33,7 @@ class RetryPolicy:
             standalone server, measured at 26 to 31 seconds until its collections are served again.
     """
 
-    max_attempts: int = 12
+    max_attempts: int = 50
     initial_backoff_seconds: float = 0.1
     max_backoff_seconds: float = 5.0
     deadline_seconds: float = 120.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from typing import Any
 
@@ -11,6 +10,7 @@ import orjson
 from llama_index.core.schema import BaseNode
 from pymilvus import DataType
 
+from llama_index_milvus_async_ext._node_json import stored_json
 from llama_index_milvus_async_ext._wire import DYNAMIC_FIELD, Row, Schema
 
 ID_FIELD = "id"
@@ -18,7 +18,6 @@ ID_FIELD = "id"
 MAX_DYNAMIC_BYTES = 65_536
 _DEFAULT_MAX_LENGTH = 65_535
 
-_encode_json = json.JSONEncoder(ensure_ascii=False).encode
 _PYTHON_TYPES: dict[DataType, tuple[type, ...]] = {
     DataType.BOOL: (bool, np.bool_),
     DataType.INT8: (int, np.integer),
@@ -90,7 +89,13 @@ class RowEncoder:
             entity[self._embedding_field] = node.embedding
         if self._sparse_field:
             entity[self._sparse_field] = sparse
-        nbytes = sum(self._checked_size(node, entity, *scalar) for scalar in self._scalars)
+        nbytes = 0
+        for name, kind, limit in self._scalars:
+            value = entity.get(name)
+            if kind == DataType.VARCHAR and type(value) is str and value.isascii() and len(value) <= limit:
+                nbytes += len(value)
+            else:
+                nbytes += self._checked_size(node, entity, name, kind, limit)
         dynamic = self._dynamic(node, entity)
         nbytes += len(dynamic) + (len(vector) if vector else 0) + 8 * len(sparse or ())
         return Row(entity, dynamic, vector), nbytes
@@ -118,25 +123,12 @@ class RowEncoder:
         return packed
 
     def _entity(self, node: BaseNode) -> dict[str, Any]:
-        # As upstream's node_to_metadata_dict does it, but the embedding is never serialised.
+        # As upstream's node_to_metadata_dict does it.
         try:
-            dumped = node.model_dump(mode="json", exclude={"embedding"})
-        except Exception as error:
-            raise _refused(node, f"it can't be serialised as JSON ({error})", "check its metadata") from None
-        entity: dict[str, Any] = dumped.get("metadata", {})
-        text = dumped.get("text")
-        if text is None:
-            text = node.get_content()
-        content: dict[str, Any] = {"id_": dumped.pop("id_"), "embedding": None, **dumped}
-        if self._text_key in content:
-            content[self._text_key] = ""
-        content.pop("text_resource", None)
+            node_content, entity, text = stored_json(node, self._text_key)
+        except Exception as error:  # pydantic has errors of its own
+            raise _refused(node, f"it can't be stored as JSON ({error})", "check its metadata") from None
         doc_id = node.ref_doc_id or "None"
-        try:
-            node_content = _encode_json(content)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise _refused(node, f"its metadata can't be stored ({error})", "use plain JSON values") from None
-        # `content` holds the same metadata object: it is extended only now, after it was encoded.
         entity["_node_content"] = node_content
         entity["_node_type"] = node.class_name()
         entity["document_id"] = entity["doc_id"] = entity["ref_doc_id"] = doc_id

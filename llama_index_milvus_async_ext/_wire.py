@@ -97,7 +97,7 @@ def silence_pymilvus() -> Any:
 # --- rows
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Row:
     """One row, ready to be put into a request.
 

@@ -22,7 +22,7 @@ from llama_index.core.schema import (
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus import CollectionSchema, DataType, FieldSchema
 
-from llama_index_milvus_async_ext import _wire
+from llama_index_milvus_async_ext import _node_json, _wire
 from llama_index_milvus_async_ext._rows import MAX_DYNAMIC_BYTES, RowEncoder
 from llama_index_milvus_async_ext._wire import Schema
 
@@ -105,6 +105,27 @@ def test_requests_equal_those_of_upstream_and_pymilvus(batch: list[BaseNode], up
     request = _wire._columnar_request("c", partition, schema, ours, upsert)
     assert request == reference
     assert request.SerializeToString(deterministic=True) == reference.SerializeToString(deterministic=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.builds(
+        TextNode,
+        text=st.text(),
+        **common
+        | {
+            "metadata": st.dictionaries(
+                keys, st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()), max_size=4
+            )
+        },
+    )
+)
+def test_plain_nodes_are_written_as_pydantic_writes_them(node: TextNode) -> None:
+    class Other(TextNode):  # another class, which takes the way through pydantic
+        pass
+
+    other = Other(**dict(node.__dict__))
+    assert _node_json.stored_json(node, "text") == _node_json.stored_json(other, "text")
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,0 +1,129 @@
+"""The JSON that stores a node: what upstream makes of it, without ever serialising the embedding.
+
+Plain text nodes, which nearly all are, are written without pydantic, in half the time. A node of another class, with
+metadata that is more than plain values, or of a llama-index-core whose nodes have other fields, goes through pydantic.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from json.encoder import encode_basestring
+from typing import Any
+
+from llama_index.core.schema import BaseNode, NodeRelationship, ObjectType, RelatedNodeInfo, TextNode
+
+# In the order in which pydantic dumps them.
+_TEXT_NODE_FIELDS = (
+    *("id_", "embedding", "metadata", "excluded_embed_metadata_keys", "excluded_llm_metadata_keys", "relationships"),
+    *("metadata_template", "metadata_separator"),
+    *("text", "mimetype", "start_char_idx", "end_char_idx", "text_template"),
+)
+_RELATION_FIELDS = ("node_id", "node_type", "metadata", "hash")
+_PLAIN_TYPES = frozenset({str, int, bool, type(None)})
+_STRING = frozenset({str})
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _c_encoder() -> Any:
+    """The encoder behind `json.dumps(..., ensure_ascii=False)`, made once instead of at each call; None without C."""
+    make = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:
+        return None
+
+    def refuse(value: object) -> Any:
+        raise TypeError(f"{type(value).__name__} is not JSON")
+
+    return make(None, refuse, encode_basestring, None, ": ", ", ", False, False, True)
+
+
+_write = _c_encoder()
+_knows_text_nodes = (
+    _write is not None
+    and tuple(TextNode.model_fields) == _TEXT_NODE_FIELDS
+    and tuple(RelatedNodeInfo.model_fields) == _RELATION_FIELDS
+)
+
+
+def stored_json(node: BaseNode, text_key: str) -> tuple[str, dict[str, Any], str]:
+    """What is stored of a node.
+
+    Args:
+        node: The node.
+        text_key: The column that holds the text, which is left out of the JSON.
+
+    Returns:
+        The node as JSON without text and embedding, its metadata as JSON values (a dict of its own), and its text.
+
+    Raises:
+        ValueError, TypeError, RecursionError: It can't be written as JSON.
+    """
+    if _knows_text_nodes and type(node) is TextNode:
+        plain = _plain_content(node)
+        if plain is not None:
+            text = plain["text"]
+            if text_key in plain:
+                plain[text_key] = ""
+            return "".join(_write(plain, 0)), dict(plain["metadata"]), text
+    dumped = node.model_dump(mode="json", exclude={"embedding"})
+    metadata = dumped.get("metadata", {})
+    text = dumped.get("text")
+    if text is None:
+        text = node.get_content()
+    content = {"id_": dumped.pop("id_"), "embedding": None, **dumped}
+    if text_key in content:
+        content[text_key] = ""
+    content.pop("text_resource", None)
+    return _encode(content), metadata, text
+
+
+def _plain_content(node: TextNode) -> dict[str, Any] | None:
+    """What pydantic would dump of a text node, but for its embedding; None if that takes pydantic."""
+    fields = node.__dict__
+    if not _is_plain(fields["metadata"]):
+        return None
+    excluded = fields["excluded_embed_metadata_keys"], fields["excluded_llm_metadata_keys"]
+    if not all(_STRING.issuperset(map(type, keys)) for keys in excluded if keys):
+        return None
+    relations = {}
+    for kind, relation in fields["relationships"].items():
+        if type(relation) is not RelatedNodeInfo or type(kind) is not NodeRelationship:
+            return None
+        about = relation.__dict__
+        if not _is_plain(about["metadata"]):
+            return None
+        node_type = about["node_type"]
+        relations[kind._value_] = {
+            "node_id": about["node_id"],
+            "node_type": node_type._value_ if type(node_type) is ObjectType else node_type,
+            "metadata": about["metadata"],
+            "hash": about["hash"],
+            "class_name": "RelatedNodeInfo",
+        }
+    return {
+        "id_": fields["id_"],
+        "embedding": None,
+        "metadata": fields["metadata"],
+        "excluded_embed_metadata_keys": excluded[0],
+        "excluded_llm_metadata_keys": excluded[1],
+        "relationships": relations,
+        "metadata_template": fields["metadata_template"],
+        "metadata_separator": fields["metadata_separator"],
+        "text": fields["text"],
+        "mimetype": fields["mimetype"],
+        "start_char_idx": fields["start_char_idx"],
+        "end_char_idx": fields["end_char_idx"],
+        "text_template": fields["text_template"],
+        "class_name": "TextNode",
+    }
+
+
+def _is_plain(metadata: Mapping[Any, Any]) -> bool:
+    """Whether pydantic's JSON mode leaves the values as they are."""
+    if not _STRING.issuperset(map(type, metadata)):
+        return False
+    return all(
+        type(value) in _PLAIN_TYPES or (type(value) is float and math.isfinite(value)) for value in metadata.values()
+    )

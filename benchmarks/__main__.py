@@ -1,0 +1,147 @@
+"""The command line: `python -m benchmarks` runs the benchmarks and shows what they measured."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import adds, bulk, charts, embedding, latency, lite, memory, report, searches, sizes
+from benchmarks.backend import Backend
+from benchmarks.measure import Outcome
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_DIM = 768
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """How much is run: everything, or a short look."""
+
+    rounds: int
+    few_rounds: int  # for what takes long
+    is_quick: bool
+
+
+_FULL = _Scale(rounds=5, few_rounds=3, is_quick=False)
+_QUICK = _Scale(rounds=3, few_rounds=1, is_quick=True)
+
+
+async def _memory(backend: Backend, scale: _Scale) -> Outcome:
+    if scale.is_quick:
+        return memory.run(backend.uri, backend.token, dim=128, rounds=1, count=20_000)
+    return memory.run(backend.uri, backend.token, dim=_DIM, rounds=scale.few_rounds, count=100_000)
+
+
+_WORKLOADS: dict[str, Callable[[Backend, _Scale], Awaitable[Outcome]]] = {
+    "adds": lambda backend, scale: adds.run(backend, dim=_DIM, rounds=scale.few_rounds),
+    "bulk": lambda backend, scale: bulk.run(
+        backend,
+        dim=_DIM,
+        rounds=scale.rounds,
+        count=4_000 if scale.is_quick else 10_000,
+        is_quick=scale.is_quick,
+    ),
+    "searches": lambda backend, scale: searches.run(backend, dim=_DIM, rounds=scale.rounds, count=1_000),
+    "lite": lambda backend, scale: lite.run(dim=_DIM, rounds=scale.few_rounds, searches=200, adds=1_000),
+    "embedding": lambda backend, scale: embedding.run(
+        backend, dim=_DIM, rounds=scale.rounds, count=2_000 if scale.is_quick else 10_000
+    ),
+    "memory": _memory,
+    "sizes": lambda backend, scale: sizes.run(
+        backend,
+        dim=_DIM,
+        rounds=scale.few_rounds,
+        sizes=(1_000, 3_000, 10_000) if scale.is_quick else sizes.SIZES,
+    ),
+    "latency": lambda backend, scale: latency.run(
+        backend,
+        dim=_DIM,
+        rounds=scale.few_rounds,
+        concurrencies=(1, 10, 100, 1_000) if scale.is_quick else latency.CONCURRENCIES,
+    ),
+}
+
+
+def main() -> int:
+    given = _arguments()
+    given.out.mkdir(parents=True, exist_ok=True)
+    stored = given.out / "results.json"
+    if given.update_readme:
+        report.update_readme(REPOSITORY / "README.md", json.loads(stored.read_text(encoding="utf-8")))
+        return 0
+    logging.disable(logging.WARNING)  # pymilvus and LlamaIndex
+    scale = _QUICK if given.quick else _FULL
+    with open_milvus(given.uri, given.token) as backend:
+        results = asyncio.run(_run(backend, given.only or list(_WORKLOADS), scale))
+    stored.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print("\n" + report.table(results["figures"]))
+    for path in [stored, *charts.draw(results, given.out)]:
+        print(f"wrote {path}")
+    return 0
+
+
+async def _run(backend: Backend, names: list[str], scale: _Scale) -> dict[str, Any]:
+    machine = report.describe_machine(backend.client)
+    if machine["load_before"] > machine["cores"] / 2:
+        print(f"other work is running here (load {machine['load_before']}): expect a wide spread", file=sys.stderr)
+    results: dict[str, Any] = {
+        "machine": machine,
+        "is_quick": scale.is_quick,
+        "rounds": scale.rounds if scale.rounds == scale.few_rounds else f"{scale.few_rounds} to {scale.rounds}",
+        "seconds": {},
+        "figures": [],
+        "series": {},
+    }
+    for name in names:
+        before = time.perf_counter()
+        outcome = await _WORKLOADS[name](backend, scale)
+        taken = results["seconds"][name] = round(time.perf_counter() - before, 1)
+        print(f"{name}: {taken:.0f} s", file=sys.stderr)
+        results["figures"] += [figure.as_dict() for figure in outcome.figures]
+        results["series"][name] = outcome.series
+    return results
+
+
+@contextlib.contextmanager
+def open_milvus(uri: str | None, token: str) -> Iterator[Backend]:
+    """The Milvus that is named, or one that is started for the purpose."""
+    if uri is not None:
+        backend = Backend(uri, token)
+        try:
+            yield backend
+        finally:
+            backend.close()
+        return
+    from tests.servers import MilvusServer
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, MilvusServer(folder) as server:
+        backend = Backend(server.uri)
+        try:
+            yield backend
+        finally:
+            backend.close()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--uri", help="address of a Milvus server; one is started if none is given")
+    parser.add_argument("--token", default="", help="API key, or user:password")
+    parser.add_argument("--quick", action="store_true", help="a short look, in less than two minutes")
+    parser.add_argument("--only", action="append", choices=list(_WORKLOADS), help="run this one; may be repeated")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results", help="folder for results")
+    parser.add_argument("--update-readme", action="store_true", help="put the stored results into README.md, and end")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The sweep that the store's defaults come from: rows and queries per request, requests in flight, three dimensions."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.__main__ import REPOSITORY, open_milvus
+from benchmarks.backend import Backend, check_answers, queries_for
+from benchmarks.corpus import make_nodes
+from benchmarks.measure import timed
+
+_DIMENSIONS = (384, 768, 1_536)
+_ROWS = 5_000
+_QUERIES = 1_000
+_SETTINGS: dict[str, dict[str, tuple[int, ...]]] = {
+    "server": {
+        "rows per request": (100, 250, 500, 1_000, 2_000),
+        "requests in flight, rows": (1, 2, 4, 8, 16),
+        "queries per request": (25, 50, 100, 250, 500),
+        "requests in flight, queries": (1, 2, 4, 8),
+    },
+    "Milvus Lite": {
+        "rows per request": (100, 250, 500, 1_000, 2_500, 5_000),
+        "requests in flight, rows": (1,),  # more lose acknowledged rows in a crash, and the store allows no more
+        "queries per request": (50, 100, 250, 500, 1_000),
+        "requests in flight, queries": (1, 4, 8),
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
+    parser.add_argument("--uri", help="address of a Milvus server; one is started if none is given")
+    parser.add_argument("--token", default="", help="API key, or user:password")
+    parser.add_argument("--only", choices=list(_SETTINGS), help="this back end only")
+    parser.add_argument("--minutes", type=float, default=5.0, help="time for each back end")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results", help="folder for results")
+    given = parser.parse_args()
+    logging.disable(logging.WARNING)
+    results: dict[str, Any] = {}
+    if given.only != "Milvus Lite":
+        with open_milvus(given.uri, given.token) as backend:
+            results["machine"] = report.describe_machine(backend.client)
+            results["server"] = asyncio.run(_sweep(backend, _SETTINGS["server"], given.minutes))
+    if given.only != "server":
+        with tempfile.TemporaryDirectory() as folder:
+            backend = Backend(str(Path(folder) / "sweep.db"), is_lite=True)
+            results["Milvus Lite"] = asyncio.run(_sweep(backend, _SETTINGS["Milvus Lite"], given.minutes))
+            backend.close()
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "sweep.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    for name in _SETTINGS:
+        for line in _summary(results.get(name, [])):
+            print(f"{name}: {line}")
+
+
+async def _sweep(backend: Backend, settings: dict[str, tuple[int, ...]], minutes: float) -> list[dict[str, Any]]:
+    """Measure every combination, round after round, until the time is up; the first round is always complete."""
+    ends_at = time.monotonic() + 60 * minutes
+    writes = itertools.product(settings["rows per request"], settings["requests in flight, rows"])
+    searches = itertools.product(settings["queries per request"], settings["requests in flight, queries"])
+    points = [
+        {"kind": kind, "dim": dim, "per_request": per_request, "in_flight": in_flight, "per_second": []}
+        for kind, pairs in (("rows", list(writes)), ("queries", list(searches)))
+        for dim in _DIMENSIONS
+        for per_request, in_flight in pairs
+        if in_flight == 1 or per_request * in_flight <= 2 * (_ROWS if kind == "rows" else _QUERIES)
+    ]
+    for number in itertools.count(1):
+        for dim in _DIMENSIONS:
+            await _measure(backend, dim, [p for p in points if p["dim"] == dim], ends_at if number > 1 else None)
+        print(f"round {number} ended", file=sys.stderr)
+        if time.monotonic() >= ends_at:
+            return points
+    raise AssertionError("unreachable")
+
+
+async def _measure(backend: Backend, dim: int, points: list[dict[str, Any]], ends_at: float | None) -> None:
+    nodes = make_nodes(_ROWS, dim)
+    queries = queries_for(nodes[:_QUERIES])
+    async with backend.ours(dim) as stored:
+        await stored.async_add(nodes)
+        backend.check_stored(stored.collection_name, nodes)
+        for point in points:
+            if ends_at is not None and time.monotonic() >= ends_at:
+                return
+            if point["kind"] == "rows":
+                limits = {"batch_size": point["per_request"], "max_concurrency": point["in_flight"]}
+                async with backend.ours(dim, max_batch_bytes=60 << 20, **limits) as store:
+                    timing = await timed(lambda to=store: to.async_add(nodes))
+                    backend.check_stored(store.collection_name, nodes)
+                point["per_second"].append(_ROWS / timing.seconds)
+            else:
+                limits = {"max_batch_queries": point["per_request"], "max_concurrency": point["in_flight"]}
+                async with backend.ours(dim, collection_name=stored.collection_name, **limits) as store:
+                    results: list[Any] = []
+
+                    async def search(of: Any = store, into: list[Any] = results) -> None:
+                        into += await asyncio.gather(*map(of.aquery, queries))
+
+                    timing = await timed(search)
+                check_answers(nodes[:_QUERIES], results)
+                point["per_second"].append(_QUERIES / timing.seconds)
+
+
+def _summary(points: list[dict[str, Any]]) -> Iterable[str]:
+    """For each kind and dimension, the best combinations; over all dimensions, the one that is best on the whole."""
+    for kind in ("rows", "queries"):
+        relative: dict[tuple[int, int], list[float]] = {}
+        for dim in _DIMENSIONS:
+            rates = {
+                (point["per_request"], point["in_flight"]): statistics.median(point["per_second"])
+                for point in points
+                if point["kind"] == kind and point["dim"] == dim
+            }
+            if not rates:
+                continue
+            ordered = sorted(rates, key=lambda pair: -rates[pair])
+            best = ", ".join(f"{per} x {flying} in flight {rates[per, flying]:,.0f}/s" for per, flying in ordered[:4])
+            yield f"{kind}, {dim} dimensions: {best}"
+            for pair, rate in rates.items():
+                relative.setdefault(pair, []).append(rate / rates[ordered[0]])
+        worst = {pair: min(shares) for pair, shares in relative.items()}
+        chosen = sorted(worst, key=lambda pair: -worst[pair])[:4]
+        yield f"{kind}, share of the best in the worst dimension: " + ", ".join(
+            f"{per} x {flying} in flight {worst[per, flying]:.0%}" for per, flying in chosen
+        )
+
+
+if __name__ == "__main__":
+    main()

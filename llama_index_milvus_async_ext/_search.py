@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 from llama_index.core.indices.query.embedding_utils import get_top_k_mmr_embeddings
 from llama_index.core.schema import BaseNode, TextNode
 from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryMode, VectorStoreQueryResult
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
+from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index.vector_stores.milvus.base import DEFAULT_MMR_PREFETCH_FACTOR
 from llama_index.vector_stores.milvus.utils import BaseSparseEmbeddingFunction
 from pymilvus import DataType, RRFRanker, WeightedRanker
 
 from llama_index_milvus_async_ext._filters import search_expression
 from llama_index_milvus_async_ext._wire import Hits, HybridGroup, Schema, SearchGroup
-
-if TYPE_CHECKING:
-    from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
 
 MAX_TOP_K = 16_384  # of Milvus, per query
 _SPARSE_MODES = (VectorStoreQueryMode.SPARSE, VectorStoreQueryMode.TEXT_SEARCH)
@@ -50,7 +48,7 @@ class SearchPlan:
 
 
 def plan_search(
-    store: AsyncMilvusVectorStore,
+    store: MilvusVectorStore,
     schema: Schema,
     query: VectorStoreQuery,
     sparse: Any,
@@ -106,7 +104,7 @@ def plan_search(
     return SearchPlan(group, ranker, data, query.similarity_top_k, is_mmr, options.get("mmr_threshold"))
 
 
-def check_mode(store: AsyncMilvusVectorStore, query: VectorStoreQuery) -> None:
+def check_mode(store: MilvusVectorStore, query: VectorStoreQuery) -> None:
     """Raise `ValueError` for a mode that this store can't answer."""
     mode = query.mode
     if mode in (*_SPARSE_MODES, VectorStoreQueryMode.HYBRID):
@@ -124,7 +122,7 @@ def needs_sparse(query: VectorStoreQuery) -> bool:
     return query.mode in (*_SPARSE_MODES, VectorStoreQueryMode.HYBRID)
 
 
-def result_of(store: AsyncMilvusVectorStore, plan: SearchPlan, hits: Hits) -> VectorStoreQueryResult:
+def result_of(store: MilvusVectorStore, plan: SearchPlan, hits: Hits) -> VectorStoreQueryResult:
     """Build the nodes of a query's hits, as upstream builds them."""
     if not plan.is_mmr:
         nodes = [_node(store, *hit) for hit in zip(hits.ids, hits.entities, strict=True)]
@@ -144,7 +142,7 @@ def result_of(store: AsyncMilvusVectorStore, plan: SearchPlan, hits: Hits) -> Ve
     )
 
 
-def _node(store: AsyncMilvusVectorStore, id_: Any, entity: dict[str, Any]) -> BaseNode:
+def _node(store: MilvusVectorStore, id_: Any, entity: dict[str, Any]) -> BaseNode:
     metadata = {key: entity.get(key) for key in store.output_fields}
     node: BaseNode
     if "_node_content" in entity:
@@ -158,7 +156,7 @@ def _node(store: AsyncMilvusVectorStore, id_: Any, entity: dict[str, Any]) -> Ba
     return node
 
 
-def stored_node(store: AsyncMilvusVectorStore, item: dict[str, Any]) -> BaseNode:
+def stored_node(store: MilvusVectorStore, item: dict[str, Any]) -> BaseNode:
     """Build the node of a stored row, embedding included, as upstream builds it.
 
     Raises:
@@ -180,7 +178,7 @@ def stored_node(store: AsyncMilvusVectorStore, item: dict[str, Any]) -> BaseNode
     return node
 
 
-def _output_fields(store: AsyncMilvusVectorStore, schema: Schema, query: VectorStoreQuery) -> tuple[str, ...]:
+def _output_fields(store: MilvusVectorStore, schema: Schema, query: VectorStoreQuery) -> tuple[str, ...]:
     chosen: Sequence[str] | None = query.output_fields
     if chosen is None and store.output_fields:
         chosen = store.output_fields
@@ -223,7 +221,7 @@ def _checked_embedding(query: VectorStoreQuery, dim: int | None) -> list[float]:
     return embedding
 
 
-def _hybrid(store: AsyncMilvusVectorStore) -> tuple[HybridGroup, Any]:
+def _hybrid(store: MilvusVectorStore) -> tuple[HybridGroup, Any]:
     name, params = store.hybrid_ranker, store.hybrid_ranker_params
     ranker: Any
     if name == "WeightedRanker":

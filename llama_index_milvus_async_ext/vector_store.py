@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-import logging
 import os
-import threading
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,7 +17,6 @@ from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryResult
 from llama_index.core.vector_stores.utils import DEFAULT_DOC_ID_KEY, DEFAULT_EMBEDDING_KEY, DEFAULT_TEXT_KEY
 from llama_index.vector_stores.milvus import IndexManagement, MilvusVectorStore
-from llama_index.vector_stores.milvus.base import similarity_metrics_map
 from llama_index.vector_stores.milvus.utils import DEFAULT_SPARSE_EMBEDDING_KEY, BaseSparseEmbeddingFunction
 from llama_index_instrumentation import get_dispatcher
 from pymilvus import AsyncMilvusClient, DataType, MilvusClient
@@ -38,12 +34,12 @@ from llama_index_milvus_async_ext._search import (
     result_of,
     stored_node,
 )
+from llama_index_milvus_async_ext._session import Activity, Connected, close_with, fitted, log_retry
 from llama_index_milvus_async_ext._wire import ConnectionSettings, Schema, silence_pymilvus
 from llama_index_milvus_async_ext.events import MilvusWriteEvent
 from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 from llama_index_milvus_async_ext.retry import RetryPolicy
 
-logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
 T = TypeVar("T")
 
@@ -117,8 +113,8 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
     retry: RetryPolicy = Field(default_factory=RetryPolicy, description="When failed requests are tried again.")
 
     _settings: ConnectionSettings = PrivateAttr()
-    _connected: _Connected | None = PrivateAttr(default=None)
-    _activity: _Activity = PrivateAttr(default_factory=lambda: _Activity())
+    _connected: Connected | None = PrivateAttr(default=None)
+    _activity: Activity = PrivateAttr(default_factory=lambda: Activity())
 
     def __init__(
         self,
@@ -169,12 +165,12 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         settings = ConnectionSettings(uri, token, kwargs, served_at)
-        endpoint = Endpoint.open(settings, _log_retry)
+        endpoint = Endpoint.open(settings, log_retry)
         try:
             with silence_pymilvus():
                 if not overwrite:
                     wanted = [embedding_field] * enable_dense + [sparse_embedding_field] * enable_sparse
-                    dim, similarity_metric = _fitted(
+                    dim, similarity_metric = fitted(
                         endpoint, collection_name, wanted, embedding_field, dim, similarity_metric
                     )
                 super().__init__(
@@ -216,8 +212,8 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         self.uri = settings.uri
         self.retry = retry or RetryPolicy()
         self._settings = settings
-        self._connected = _Connected(endpoint, self._milvusclient, self._async_milvusclient)
-        _close_with(self, self._connected)
+        self._connected = Connected(endpoint, self._milvusclient, self._async_milvusclient)
+        close_with(self, self._connected)
 
     @classmethod
     def class_name(cls) -> str:
@@ -254,14 +250,14 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         """Pymilvus's async client; unlike this store it serves one event loop only."""
         return self._live().async_client
 
-    def _live(self) -> _Connected:
+    def _live(self) -> Connected:
         connected = self._connected
         assert connected is not None, "set at the end of __init__"
         if connected.closed:
             raise RuntimeError("this AsyncMilvusVectorStore is closed; make a new one")
         if connected.pid != os.getpid():  # forked: nothing that was connected in the parent works here
-            connected = self._connected = _Connected.anew(self._settings, self.use_async_client)
-            _close_with(self, connected)
+            connected = self._connected = Connected.anew(self._settings, self.use_async_client)
+            close_with(self, connected)
         return connected
 
     def close(self) -> None:
@@ -724,66 +720,6 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
 _Call = Callable[[Endpoint, float], Awaitable[T]]
 
 
-class _Connected:
-    """What a store is connected with, in the process that connected it."""
-
-    def __init__(self, endpoint: Endpoint, client: MilvusClient, async_client: AsyncMilvusClient | None) -> None:
-        self.pid = os.getpid()
-        self.endpoint = endpoint
-        self.client = client
-        self.async_client = async_client
-        self.closed = False
-
-    @classmethod
-    def anew(cls, settings: ConnectionSettings, use_async_client: bool) -> _Connected:
-        """Connect in this process."""
-        endpoint = Endpoint.open(settings, _log_retry)
-        options = {"dedicated": True, **settings.options}
-        async_client = (
-            AsyncMilvusClient(uri=endpoint.uri, token=settings.token, **options) if use_async_client else None
-        )
-        return cls(endpoint, settings.client(endpoint.uri), async_client)
-
-    def close(self) -> None:
-        """Close what was opened here; a forked child leaves its parent's connections alone."""
-        if self.closed or self.pid != os.getpid():
-            return
-        self.closed = True
-        self.client.close()
-        self.endpoint.close()
-
-
-def _close_with(store: AsyncMilvusVectorStore, connected: _Connected) -> None:
-    """Close the connection of a store that is dropped unclosed; at the interpreter's exit the process does."""
-    weakref.finalize(store, connected.close).atexit = False
-
-
-class _Activity:
-    """Counts the calls under way in a store, so that closing can wait for them."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._count = 0
-        self._ended = False
-
-    def __enter__(self) -> None:
-        with self._changed:
-            if self._ended:
-                raise RuntimeError("this AsyncMilvusVectorStore is closed; make a new one")
-            self._count += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._count -= 1
-            self._changed.notify_all()
-
-    def end(self) -> None:
-        """Let nothing new begin, and wait for what has begun."""
-        with self._changed:
-            self._ended = True
-            self._changed.wait_for(lambda: self._count == 0)
-
-
 def _flush(collection: str) -> _Call[None]:
     async def call(endpoint: Endpoint, timeout: float) -> None:
         await endpoint.connection.in_thread(endpoint.connection.client.flush, collection, timeout=timeout)
@@ -805,50 +741,9 @@ def _arguments(store: MilvusVectorStore) -> dict[str, Any]:
     return {name: getattr(store, name) for name in names if name not in left_out}
 
 
-def _fitted(
-    endpoint: Endpoint,
-    collection: str,
-    wanted_fields: list[str],
-    embedding_field: str,
-    dim: int | None,
-    metric: str | None,
-) -> tuple[int | None, str | None]:
-    """Dimension and metric of an existing collection, checked against those asked for.
-
-    Raises:
-        ValueError: The collection has others, or lacks a field.
-    """
-    client = endpoint.connection.client
-    if not client.has_collection(collection):
-        return dim, metric
-    schema = endpoint.connection.fetch_schema(collection, timeout=30)
-    remedy = "choose another collection_name, or overwrite=True to drop the existing collection"
-    missing = [name for name in wanted_fields if name not in schema.names]
-    if missing:
-        raise ValueError(f"collection {collection!r} exists, but has no field {missing[0]!r}; {remedy}")
-    stored_dim = schema.params(embedding_field).get("dim")
-    if dim is not None and stored_dim is not None and dim != int(stored_dim):
-        raise ValueError(f"collection {collection!r} has dimension {stored_dim}, but dim={dim} is asked for; {remedy}")
-    stored_metric = None
-    for index in client.list_indexes(collection, field_name=embedding_field):
-        stored_metric = (client.describe_index(collection, index) or {}).get("metric_type")
-    asked = similarity_metrics_map.get(metric.lower()) if metric is not None else None
-    if asked is not None and stored_metric is not None and asked != stored_metric:
-        raise ValueError(
-            f"collection {collection!r} is indexed with metric {stored_metric}, but similarity_metric={metric!r} "
-            f"is asked for; {remedy}"
-        )
-    return (int(stored_dim) if stored_dim is not None else dim), metric or stored_metric
-
-
 def _raise_failure(submission: Submission[Any]) -> None:
     """Raise the first failure of a submission, if it has any."""
     if submission.failures:
         error = submission.failures[min(submission.failures)].error
         # Several callers may share the error of one request: each gets a copy of its own to raise.
         raise copy.copy(error) from (error.__cause__ if error.__cause__ is not error else None)
-
-
-def _log_retry(error: BaseException, attempt: int, pause: float) -> None:
-    level = logging.WARNING if attempt == 1 else logging.DEBUG
-    logger.log(level, "attempt %d failed, next one in %.2f s: %s", attempt, pause, error)

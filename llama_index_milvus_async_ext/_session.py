@@ -1,0 +1,117 @@
+"""A store's connection, from its opening to its end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+
+from llama_index.vector_stores.milvus.base import similarity_metrics_map
+from pymilvus import AsyncMilvusClient, MilvusClient
+
+from llama_index_milvus_async_ext._endpoint import Endpoint
+from llama_index_milvus_async_ext._wire import ConnectionSettings
+
+logger = logging.getLogger("llama_index_milvus_async_ext")
+
+
+class Connected:
+    """What a store is connected with, in the process that connected it."""
+
+    def __init__(self, endpoint: Endpoint, client: MilvusClient, async_client: AsyncMilvusClient | None) -> None:
+        self.pid = os.getpid()
+        self.endpoint = endpoint
+        self.client = client
+        self.async_client = async_client
+        self.closed = False
+
+    @classmethod
+    def anew(cls, settings: ConnectionSettings, use_async_client: bool) -> Connected:
+        """Connect in this process."""
+        endpoint = Endpoint.open(settings, log_retry)
+        options = {"dedicated": True, **settings.options}
+        async_client = (
+            AsyncMilvusClient(uri=endpoint.uri, token=settings.token, **options) if use_async_client else None
+        )
+        return cls(endpoint, settings.client(endpoint.uri), async_client)
+
+    def close(self) -> None:
+        """Close what was opened here; a forked child leaves its parent's connections alone."""
+        if self.closed or self.pid != os.getpid():
+            return
+        self.closed = True
+        self.client.close()
+        self.endpoint.close()
+
+
+def close_with(store: object, connected: Connected) -> None:
+    """Close the connection of a store that is dropped unclosed; at the interpreter's exit the process does."""
+    weakref.finalize(store, connected.close).atexit = False
+
+
+class Activity:
+    """Counts the calls under way in a store, so that closing can wait for them."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+        self._ended = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if self._ended:
+                raise RuntimeError("this AsyncMilvusVectorStore is closed; make a new one")
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Let nothing new begin, and wait for what has begun."""
+        with self._changed:
+            self._ended = True
+            self._changed.wait_for(lambda: self._count == 0)
+
+
+def fitted(
+    endpoint: Endpoint,
+    collection: str,
+    wanted_fields: list[str],
+    embedding_field: str,
+    dim: int | None,
+    metric: str | None,
+) -> tuple[int | None, str | None]:
+    """Dimension and metric of an existing collection, checked against those asked for.
+
+    Raises:
+        ValueError: The collection has others, or lacks a field.
+    """
+    client = endpoint.connection.client
+    if not client.has_collection(collection):
+        return dim, metric
+    schema = endpoint.connection.fetch_schema(collection, timeout=30)
+    remedy = "choose another collection_name, or overwrite=True to drop the existing collection"
+    missing = [name for name in wanted_fields if name not in schema.names]
+    if missing:
+        raise ValueError(f"collection {collection!r} exists, but has no field {missing[0]!r}; {remedy}")
+    stored_dim = schema.params(embedding_field).get("dim")
+    if dim is not None and stored_dim is not None and dim != int(stored_dim):
+        raise ValueError(f"collection {collection!r} has dimension {stored_dim}, but dim={dim} is asked for; {remedy}")
+    stored_metric = None
+    for index in client.list_indexes(collection, field_name=embedding_field):
+        stored_metric = (client.describe_index(collection, index) or {}).get("metric_type")
+    asked = similarity_metrics_map.get(metric.lower()) if metric is not None else None
+    if asked is not None and stored_metric is not None and asked != stored_metric:
+        raise ValueError(
+            f"collection {collection!r} is indexed with metric {stored_metric}, but similarity_metric={metric!r} "
+            f"is asked for; {remedy}"
+        )
+    return (int(stored_dim) if stored_dim is not None else dim), metric or stored_metric
+
+
+def log_retry(error: BaseException, attempt: int, pause: float) -> None:
+    level = logging.WARNING if attempt == 1 else logging.DEBUG
+    logger.log(level, "attempt %d failed, next one in %.2f s: %s", attempt, pause, error)

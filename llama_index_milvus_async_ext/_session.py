@@ -101,8 +101,10 @@ def fitted(
     if dim is not None and stored_dim is not None and dim != int(stored_dim):
         raise ValueError(f"collection {collection!r} has dimension {stored_dim}, but dim={dim} is asked for; {remedy}")
     stored_metric = None
-    for index in client.list_indexes(collection, field_name=embedding_field):
-        stored_metric = (client.describe_index(collection, index) or {}).get("metric_type")
+    # Milvus Lite reads the whole collection to describe an index: seconds, for what only hybrid searches make use of.
+    if metric is not None or len(wanted_fields) > 1 or not endpoint.is_lite:
+        for index in client.list_indexes(collection, field_name=embedding_field):
+            stored_metric = (client.describe_index(collection, index) or {}).get("metric_type")
     asked = similarity_metrics_map.get(metric.lower()) if metric is not None else None
     if asked is not None and stored_metric is not None and asked != stored_metric:
         raise ValueError(

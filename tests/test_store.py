@@ -435,7 +435,7 @@ def test_overwrite_starts_anew(make_store: Any, make_nodes: MakeNodes) -> None:
 # --- arguments that do not fit
 
 
-def test_an_existing_collection_that_does_not_fit_is_refused(make_store: Any) -> None:
+def test_an_existing_collection_that_does_not_fit_is_refused(make_store: Any, backend: Backend) -> None:
     make_store(similarity_metric="COSINE")
     with pytest.raises(ValueError, match=f"dimension {DIM}, but dim=99"):
         make_store(dim=99)
@@ -444,7 +444,8 @@ def test_an_existing_collection_that_does_not_fit_is_refused(make_store: Any) ->
     with pytest.raises(ValueError, match="no field 'other'"):
         make_store(embedding_field="other")
     assert make_store(dim=None).dim == DIM
-    assert make_store().similarity_metric == "COSINE"
+    if backend.name == "server":  # on Lite it would cost seconds, and nothing depends on it
+        assert make_store().similarity_metric == "COSINE"
 
 
 @pytest.mark.parametrize("name", ["max_concurrency", "batch_size", "max_batch_bytes", "rpc_timeout_seconds"])

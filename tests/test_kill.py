@@ -56,6 +56,7 @@ def own_server(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 async def test_a_server_killed_and_restarted_in_the_middle_loses_and_doubles_nothing(
     own_server: Any, make_nodes: MakeNodes
 ) -> None:
@@ -133,6 +134,7 @@ WRITER = textwrap.dedent(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_client_with_lite_in_it_keeps_every_acknowledged_row(tmp_path: Path) -> None:
     path = str(tmp_path / "killed.db")
     chance = random.Random(7)

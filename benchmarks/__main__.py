@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -135,7 +136,7 @@ def open_milvus(uri: str | None, token: str) -> Iterator[Backend]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--uri", help="address of a Milvus server; one is started if none is given")
-    parser.add_argument("--token", default="", help="API key, or user:password")
+    parser.add_argument("--token", default=os.environ.get("MILVUS_TOKEN", ""), help="default: MILVUS_TOKEN is asked")
     parser.add_argument("--quick", action="store_true", help="a short look, in less than two minutes")
     parser.add_argument("--only", action="append", choices=list(_WORKLOADS), help="run this one; may be repeated")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results", help="folder for results")

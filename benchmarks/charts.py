@@ -12,7 +12,9 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
 
+_PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 _OURS, _UPSTREAM, _CEILING = "#1f77b4", "#b0b0b0", "#2ca02c"
 
 
@@ -91,6 +93,8 @@ def _latency(series: dict[str, Any], path: Path) -> Path:
             values = [_at(series[name], concurrency)[share] * 1e3 for concurrency in concurrencies]
             axes.plot(concurrencies, values, style, color=color, label=f"{name}, {share}", markersize=4)
     axes.set(xscale="log", yscale="log", xlabel="searches at the same time", ylabel="latency in ms")
+    axes.xaxis.set_major_formatter(_PLAIN_NUMBERS)
+    axes.yaxis.set_major_formatter(_PLAIN_NUMBERS)
     axes.set_title("Latency of one search against concurrency (Bounded)", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -108,6 +112,7 @@ def _cost_per_row(series: dict[str, Any], path: Path) -> Path:
         axes.plot(sizes, [statistics.median(values) for values in costs], "-o", color=color, label=label)
         axes.fill_between(sizes, [min(v) for v in costs], [max(v) for v in costs], color=color, alpha=0.15)
     axes.set(xscale="log", xlabel="rows in one call", ylabel="µs per row")
+    axes.xaxis.set_major_formatter(_PLAIN_NUMBERS)
     axes.set_ylim(bottom=0)
     axes.set_title("Cost of a row against the size of the write", fontsize=11)
     axes.grid(alpha=0.3)

@@ -8,6 +8,7 @@ import cProfile
 import gc
 import io
 import logging
+import os
 import pstats
 import re
 from collections.abc import Awaitable, Callable
@@ -26,7 +27,7 @@ _WAITING = re.compile(r"poll|select|acquire")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_paths", description=__doc__)
     parser.add_argument("--uri", help="address of a Milvus server; one is started if none is given")
-    parser.add_argument("--token", default="", help="API key, or user:password")
+    parser.add_argument("--token", default=os.environ.get("MILVUS_TOKEN", ""), help="default: MILVUS_TOKEN is asked")
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--searches", type=int, default=1_000)
     parser.add_argument("--top", type=int, default=15, help="functions to show")

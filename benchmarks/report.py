@@ -25,7 +25,7 @@ def describe_machine(client: MilvusClient) -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
         "system": platform.system(),
         "python": platform.python_version(),
-        "milvus": client.get_server_version(),
+        "milvus": client.get_server_version().removeprefix("v").removesuffix("-lite"),  # the PyPI build's own suffix
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "load_before": round(os.getloadavg()[0], 2),
     }
@@ -45,7 +45,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         f"Measured on {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}, with "
         f"Milvus {machine['milvus']} on the same machine, Python {machine['python']}, {packages}. Medians of "
-        f"{results['rounds']} rounds in which the sides take turns; spread: the lowest and the highest round.",
+        f"{results['rounds']} rounds in which the sides take turns; spread: the lowest and the highest round."
+        + (" A quick run, with smaller sizes." if results["is_quick"] else ""),
         "",
         "| " + " | ".join((*_HEADINGS[:-1], "reached")) + " |",
         "| --- | --- | --- | --- | --- | --- |",

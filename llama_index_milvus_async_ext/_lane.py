@@ -296,9 +296,10 @@ class Lane(Generic[T, R]):
 
     def _pump(self) -> None:
         self._pump_scheduled = False
-        while self._ring and len(self._flights) < self._max_in_flight and not self._waits_for_slot:
+        if self._ring and len(self._flights) < self._max_in_flight and not self._waits_for_slot:
             if self._limit.try_acquire(self._granted, self._ceiling):
                 self._start_batch()
+                self._schedule_pump()  # one batch a turn: it is sent before the next one is prepared
             else:
                 self._waits_for_slot = True
 

@@ -15,6 +15,7 @@ from llama_index.core.vector_stores.utils import metadata_dict_to_node
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index.vector_stores.milvus.base import DEFAULT_MMR_PREFETCH_FACTOR
 from llama_index.vector_stores.milvus.utils import BaseSparseEmbeddingFunction
+from pydantic_core import from_json
 from pymilvus import DataType, RRFRanker, WeightedRanker
 
 from llama_index_milvus_async_ext._filters import search_expression
@@ -143,6 +144,12 @@ def result_of(store: MilvusVectorStore, plan: SearchPlan, hits: Hits) -> VectorS
 
 
 def _node(store: MilvusVectorStore, id_: Any, entity: dict[str, Any]) -> BaseNode:
+    if entity.get("_node_type") == "TextNode" and store.text_key in entity:
+        # What metadata_dict_to_node does of it, with a quicker parser, and validated once with its text.
+        content = from_json(entity["_node_content"])
+        content.pop("class_name", None)
+        content["text"] = entity[store.text_key]
+        return TextNode(**content)
     metadata = {key: entity.get(key) for key in store.output_fields}
     node: BaseNode
     if "_node_content" in entity:

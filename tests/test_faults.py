@@ -362,8 +362,9 @@ async def test_one_bad_query_among_coalesced_searches_fails_alone(
     store, nodes = make_store(), make_nodes(50, dim=DIM, seed=99)
     await store.async_add(nodes)
     store.dim = None  # so that only Milvus sees the wrong dimension
-    queries = [VectorStoreQuery(query_embedding=node.embedding, similarity_top_k=1) for node in nodes[:20]]
-    wrong = VectorStoreQuery(query_embedding=[0.5] * (DIM - 1), similarity_top_k=1)
+    mine = [node.node_id for node in nodes]  # others here have the same vectors
+    queries = [VectorStoreQuery(query_embedding=n.embedding, similarity_top_k=1, node_ids=mine) for n in nodes[:20]]
+    wrong = VectorStoreQuery(query_embedding=[0.5] * (DIM - 1), similarity_top_k=1, node_ids=mine)
     answers = await asyncio.gather(*map(store.aquery, [*queries[:10], wrong, *queries[10:]]), return_exceptions=True)
     failed = answers.pop(10)
     assert isinstance(failed, Exception)

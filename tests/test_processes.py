@@ -167,7 +167,8 @@ QUIET_EXITS = {
             assert "closed" in str(error)
     """,
     "ctrl-c comes while a call blocks": """
-        import signal, _thread
+        import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
         threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         try:
             for _ in range(200):

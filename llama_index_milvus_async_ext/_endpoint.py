@@ -25,7 +25,6 @@ from llama_index_milvus_async_ext.retry import (
     COLLECTION_NOT_LOADED,
     RetryPolicy,
     RpcFailure,
-    StatusFailure,
 )
 
 try:
@@ -262,7 +261,7 @@ class Endpoint:
         """Have Milvus Lite load a collection that it says is released, as it is after each of its restarts."""
         try:
             yield
-        except StatusFailure as failure:
+        except MilvusException as failure:
             now = time.monotonic()
             due = now - self._reloaded_at.get(collection, -_RELOAD_SECONDS) >= _RELOAD_SECONDS
             if self.is_lite and failure.code == COLLECTION_NOT_LOADED and due:

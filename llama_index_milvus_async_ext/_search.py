@@ -111,11 +111,16 @@ def check_mode(store: MilvusVectorStore, query: VectorStoreQuery) -> None:
     if mode in (*_SPARSE_MODES, VectorStoreQueryMode.HYBRID):
         if not store.enable_sparse:
             raise ValueError(
-                f"query mode {mode.value!r} needs sparse embeddings: make the store with enable_sparse=True"
+                f"query mode {mode_name(query)!r} needs sparse embeddings: make the store with enable_sparse=True"
             )
     elif mode not in (VectorStoreQueryMode.DEFAULT, VectorStoreQueryMode.MMR):
         known = ", ".join(m.value for m in (VectorStoreQueryMode.DEFAULT, *_SPARSE_MODES)) + ", hybrid, mmr"
-        raise ValueError(f"Milvus does not support query mode {getattr(mode, 'value', mode)!r}; use one of {known}")
+        raise ValueError(f"Milvus does not support query mode {mode_name(query)!r}; use one of {known}")
+
+
+def mode_name(query: VectorStoreQuery) -> str:
+    """The query's mode, which may be given as a plain string."""
+    return str(getattr(query.mode, "value", query.mode))
 
 
 def needs_sparse(query: VectorStoreQuery) -> bool:
@@ -215,7 +220,7 @@ def _checked_embedding(query: VectorStoreQuery, dim: int | None) -> list[float]:
     embedding = query.query_embedding
     if embedding is None:
         raise ValueError(
-            f"a query in mode {query.mode.value!r} needs query_embedding: give the retriever an embed_model, "
+            f"a query in mode {mode_name(query)!r} needs query_embedding: give the retriever an embed_model, "
             "or set VectorStoreQuery(query_embedding=...)"
         )
     if dim is not None and len(embedding) != dim:

@@ -12,6 +12,7 @@ from pymilvus import AsyncMilvusClient, MilvusClient
 
 from llama_index_milvus_async_ext._endpoint import Endpoint
 from llama_index_milvus_async_ext._wire import ConnectionSettings
+from llama_index_milvus_async_ext.retry import COLLECTION_NOT_LOADED
 
 logger = logging.getLogger("llama_index_milvus_async_ext")
 
@@ -115,5 +116,7 @@ def fitted(
 
 
 def log_retry(error: BaseException, attempt: int, pause: float) -> None:
-    level = logging.WARNING if attempt == 1 else logging.DEBUG
-    logger.log(level, "attempt %d failed, next one in %.2f s: %s", attempt, pause, error)
+    # A collection that is not loaded yet is no fault: Milvus loads it after a restart, Milvus Lite when it is told to.
+    is_loading = getattr(error, "code", None) == COLLECTION_NOT_LOADED
+    level = logging.WARNING if attempt == 1 and not is_loading else logging.DEBUG
+    logger.log(level, "request to Milvus: attempt %d failed, next one in %.2f s: %s", attempt, pause, error)

@@ -96,11 +96,13 @@ class WriteError(Exception):
         lost = [*report.failed, *report.unknown]
         total = len(report.written) + len(lost)
         lines = [
-            f"{len(lost)} of {total} nodes were not written for certain "
+            f"{len(lost)} of {total} nodes were not written "
             f"({len(report.failed)} failed, {len(report.unknown)} unknown):"
         ]
         for failed in lost[:_EXAMPLES_IN_MESSAGE]:
-            lines.append(f"  node {failed.node.node_id[:80]!r}: {failed.error}")
+            name = f"node {failed.node.node_id[:80]!r}"
+            message = str(failed.error)
+            lines.append(f"  {message if message.startswith(name) else f'{name}: {message}'}")
         if len(lost) > _EXAMPLES_IN_MESSAGE:
             lines.append(f"  and {len(lost) - _EXAMPLES_IN_MESSAGE} more")
         lines.append("All of them, with their errors, are in the .report of this error.")

@@ -29,6 +29,7 @@ from llama_index_milvus_async_ext._lane import Lane, Submission
 from llama_index_milvus_async_ext._search import (
     SearchPlan,
     check_mode,
+    mode_name,
     needs_sparse,
     plan_search,
     result_of,
@@ -556,7 +557,7 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
             check_mode(self, query)
             if needs_sparse(query):
                 if query.query_str is None:
-                    raise ValueError(f"a query in mode {query.mode.value!r} needs query_str")
+                    raise ValueError(f"a query in mode {mode_name(query)!r} needs query_str")
                 texts[index] = query.query_str
         return texts, [index for index, text in enumerate(texts) if text is not None]
 

@@ -211,3 +211,34 @@ def test_importing_starts_no_thread() -> None:
     program = "import threading, llama_index_milvus_async_ext; print([t.name for t in threading.enumerate()])"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert "milvus-io" not in shown.stdout
+
+
+def test_a_reopened_file_answers_at_once_and_quietly(tmp_path: Path) -> None:
+    """After each of its restarts Milvus Lite says that collections are released."""
+    program = textwrap.dedent(
+        """
+        import sys
+        from llama_index.core.schema import TextNode
+        from llama_index.core.vector_stores.types import VectorStoreQuery
+        from llama_index_milvus_async_ext import AsyncMilvusVectorStore
+        with AsyncMilvusVectorStore(uri=sys.argv[1], dim=4) as store:
+            if sys.argv[2] == "write":
+                store.add([TextNode(id_="1", text="x", embedding=[1.0, 2.0, 3.0, 4.0])])
+            elif sys.argv[2] == "get":
+                assert len(store.get_nodes(node_ids=["1"])) == 1
+            elif sys.argv[2] == "search":
+                query = VectorStoreQuery(query_embedding=[1.0, 2.0, 3.0, 4.0], similarity_top_k=1)
+                assert store.query(query).ids == ["1"]
+            else:
+                store.delete_nodes(node_ids=["1"])
+                assert store.get_nodes(node_ids=["1"]) == []
+        """
+    )
+    for what in ("write", "get", "search", "delete"):
+        ended = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "again.db"), what],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (ended.returncode, ended.stderr) == (0, ""), what

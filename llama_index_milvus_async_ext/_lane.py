@@ -271,11 +271,6 @@ class Lane(Generic[T, R]):
             await waiter
 
     @property
-    def in_flight(self) -> int:
-        """Batches under way."""
-        return len(self._flights)
-
-    @property
     def idle(self) -> bool:
         """Whether nothing waits and nothing is under way."""
         return not self._open and not self._flights

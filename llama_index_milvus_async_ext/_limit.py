@@ -31,7 +31,6 @@ class Limit:
         self._waiters: deque[tuple[Callable[[], object], int]] = deque()
         self._reduced_at = -1.0
         self.in_flight = 0
-        self.peak_in_flight = 0
         self.progress_at = -1.0  # when the endpoint last acknowledged anything
 
     @property
@@ -100,7 +99,6 @@ class Limit:
 
     def _take(self) -> None:
         self.in_flight += 1
-        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
 
     def _serve(self) -> None:
         # Strictly in order, also past differing ceilings: nobody starves behind a greedier neighbour.

@@ -248,7 +248,6 @@ class SearchGroup:
     search_params: bytes
     partitions: tuple[str, ...] | None = None
     hybrid: HybridGroup | None = None
-    consistency_level: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import grpc
 from pymilvus.exceptions import ConnectError, MilvusException
@@ -36,8 +35,8 @@ _MAX_LANES = 256
 _RELOAD_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class Limits:
+# Named tuples, as one of each is made and hashed for each call: a frozen dataclass takes five times as long.
+class Limits(NamedTuple):
     """The bounds that a store sets on its requests; see `AsyncMilvusVectorStore` for each."""
 
     max_concurrency: int
@@ -48,8 +47,7 @@ class Limits:
     retry: RetryPolicy
 
 
-@dataclass(frozen=True)
-class WriteTarget:
+class WriteTarget(NamedTuple):
     """Where rows go, and which columns their parts have."""
 
     collection: str
@@ -121,13 +119,6 @@ class Endpoint:
 
     def write_lane(self, target: WriteTarget, schema: Schema, limits: Limits) -> Lane[Any, None]:
         """The lane for rows of one collection and partition; an item is a node and its sparse vector or None."""
-        encoder = RowEncoder(
-            schema,
-            text_key=target.text_key,
-            doc_id_field=target.doc_id_field,
-            embedding_field=target.embedding_field,
-            sparse_field=target.sparse_field,
-        )
 
         async def send(rows: list[Row], upsert: bool, timeout: float) -> list[None]:
             collection = target.collection
@@ -138,6 +129,13 @@ class Endpoint:
             return [None] * len(rows)
 
         def build() -> Lane[Any, None]:
+            encoder = RowEncoder(
+                schema,
+                text_key=target.text_key,
+                doc_id_field=target.doc_id_field,
+                embedding_field=target.embedding_field,
+                sparse_field=target.sparse_field,
+            )
             return self._lane(
                 lambda item: encoder.encode(*item), send, limits, limits.batch_size, limits.max_batch_bytes, lite=1
             )

@@ -19,6 +19,9 @@ from llama_index_milvus_async_ext._lane import Lane, Submission
 T = TypeVar("T")
 
 _JOIN_SECONDS = 2.0
+# Calls of one turn of a loop that cross over before the turn is over: about a full request of single adds, so that
+# the server begins on it while a thousand concurrent calls are still being made.
+_SENT_TOGETHER = 250
 
 
 class IoThread:
@@ -27,8 +30,8 @@ class IoThread:
         submission = await IoThread.get().submit(lane, nodes)      # from any event loop
         report = IoThread.get().run(coroutine)                # from any thread, also inside a running loop
 
-    What one turn of a caller's loop submits crosses over together, in one wake-up of the thread, and so do the
-    outcomes on their way back: a thousand concurrent calls cost two wake-ups, not two thousand.
+    What one turn of a caller's loop submits crosses over together, a few hundred calls to a wake-up of the thread, and
+    so do the outcomes on their way back: a thousand concurrent calls cost a few wake-ups, not two thousand.
     """
 
     _instance: IoThread | None = None
@@ -54,6 +57,7 @@ class IoThread:
         self._inbox: deque[Callable[[], object]] = deque()
         self._woken = False
         self._ports: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Port] = weakref.WeakKeyDictionary()
+        self._recent_port: _Port | None = None
         self._blocked: set[threading.Thread] = set()  # threads that Python waits for, and that wait for this one
         self._ended = False
         self.serves_in_process = False  # whether a Milvus Lite file is open
@@ -91,15 +95,17 @@ class IoThread:
         loop = asyncio.get_running_loop()
         if self._ended and loop is not self.loop:
             self._refuse_at_exit()
-        port = self._port(loop)
+        port = self._recent_port
+        if port is None or port.loop is not loop:
+            port = self._recent_port = self._port(loop)
         future: asyncio.Future[Submission[Any]] = loop.create_future()
-        ticket = _Ticket(lambda submission: port.deliver(future, submission))
-        port.send(lambda: ticket.start(lane, values, keys))
+        ticket = _Ticket(port, future, lane, values, keys)
+        port.send(ticket.start)
         try:
             return await future
         except asyncio.CancelledError as cancelled:
             outcome: asyncio.Future[Submission[Any]] = loop.create_future()
-            port.send(lambda: port.deliver(outcome, ticket.cancel(lane)))
+            port.send(lambda: port.deliver(outcome, ticket.cancel()))
             with contextlib.suppress(asyncio.CancelledError):  # a second cancellation does not wait
                 cancelled.submission = await outcome  # type: ignore[attr-defined]
             raise
@@ -223,21 +229,35 @@ class IoThread:
 
 
 class _Ticket:
-    """A submission that may be cancelled before it was made."""
+    """A submission on its way to its lane, which may be cancelled before it is made."""
 
-    __slots__ = ("_on_done", "_submission")
+    __slots__ = ("_future", "_keys", "_lane", "_port", "_submission", "_values")
 
-    def __init__(self, on_done: Callable[[Submission[Any]], None]) -> None:
-        self._on_done = on_done
+    def __init__(
+        self,
+        port: _Port,
+        future: asyncio.Future[Submission[Any]],
+        lane: Lane[Any, Any],
+        values: Sequence[Any],
+        keys: Sequence[Hashable] | None,
+    ) -> None:
+        self._port = port
+        self._future = future
+        self._lane = lane
+        self._values = values
+        self._keys = keys
         self._submission: Submission[Any] | None = None
 
-    def start(self, lane: Lane[Any, Any], values: Sequence[Any], keys: Sequence[Hashable] | None) -> None:
-        self._submission = lane.submit(values, keys, self._on_done)
+    def start(self) -> None:
+        self._submission = self._lane.submit(self._values, self._keys, self._finish)
 
-    def cancel(self, lane: Lane[Any, Any]) -> Submission[Any] | None:
+    def _finish(self, submission: Submission[Any]) -> None:
+        self._port.deliver(self._future, submission)
+
+    def cancel(self) -> Submission[Any] | None:
         """Cancel, and return the submission with all its outcomes."""
         if self._submission is not None:
-            lane.cancel(self._submission)
+            self._lane.cancel(self._submission)
         return self._submission
 
 
@@ -252,18 +272,27 @@ class _Port:
         self._incoming: deque[tuple[asyncio.Future[Any], Any]] = deque()
         self._woken = False
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The caller's loop; None once it is gone."""
+        return self._loop()
+
     def send(self, function: Callable[[], object]) -> None:
         """Have a function called in the I/O thread; from the caller's loop."""
         if self._io.is_current:
             self._io.loop.call_soon(function)
             return
-        if not self._outgoing:
-            asyncio.get_running_loop().call_soon(self._flush)
         self._outgoing.append(function)
+        waiting = len(self._outgoing)
+        if waiting == 1:
+            asyncio.get_running_loop().call_soon(self._flush)
+        elif waiting >= _SENT_TOGETHER:
+            self._flush()
 
     def _flush(self) -> None:
         outgoing, self._outgoing = self._outgoing, []
-        self._io.post(*outgoing)
+        if outgoing:
+            self._io.post(*outgoing)
 
     def deliver(self, future: asyncio.Future[Any], result: Any) -> None:
         """Set a future's result on the caller's loop; from the I/O thread."""

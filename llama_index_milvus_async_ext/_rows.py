@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from llama_index.core.schema import BaseNode
 from pymilvus import DataType
 
 from llama_index_milvus_async_ext._node_json import stored_json
+from llama_index_milvus_async_ext._vectors import pack
 from llama_index_milvus_async_ext._wire import DYNAMIC_FIELD, Row, Schema
 
 ID_FIELD = "id"
@@ -64,7 +64,6 @@ class RowEncoder:
         self._embedding_field = embedding_field
         self._sparse_field = sparse_field
         self._dim = int(schema.params(embedding_field).get("dim", 0)) if embedding_field else 0
-        self._pack = struct.Struct(f"<{self._dim}f").pack
         self._columns = {f["name"] for f in schema.fields}
         self._forbidden = schema.function_outputs | {DYNAMIC_FIELD}
         self._scalars = [
@@ -115,12 +114,9 @@ class RowEncoder:
                 "use the embedding model that the collection was made for, or another collection",
             )
         try:
-            packed = self._pack(*embedding)
-        except (struct.error, OverflowError, TypeError) as error:
-            raise _refused(node, f"its embedding does not fit float32 ({error})", "check the embedding model") from None
-        if not np.isfinite(np.frombuffer(packed, dtype="<f4")).all():
-            raise _refused(node, "its embedding holds NaN or infinity", "check the embedding model")
-        return packed
+            return pack(embedding)
+        except ValueError as error:
+            raise _refused(node, f"its embedding {error}", "check the embedding model") from None
 
     def _entity(self, node: BaseNode) -> dict[str, Any]:
         # As upstream's node_to_metadata_dict does it.

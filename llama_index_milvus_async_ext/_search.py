@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from pydantic_core import from_json
 from pymilvus import DataType, RRFRanker, WeightedRanker
 
 from llama_index_milvus_async_ext._filters import search_expression
+from llama_index_milvus_async_ext._vectors import pack
 from llama_index_milvus_async_ext._wire import Hits, HybridGroup, Schema, SearchGroup
 
 MAX_TOP_K = 16_384  # of Milvus, per query
@@ -34,17 +34,18 @@ class SearchPlan:
     Attributes:
         group: What it shares with the queries that it may travel with.
         ranker: How a hybrid search merges its two halves.
-        query: The query vector or text; for hybrid, the dense vector and the sparse one (or text).
+        query: A dense vector (packed), a sparse one, or a text; for hybrid, a pair: the dense vector, and the sparse
+            one or the text.
         top_k: Hits that the caller wants.
-        mmr_threshold: For maximal marginal relevance, the weight of relevance; None otherwise.
-        is_mmr: Whether hits are chosen by maximal marginal relevance.
+        mmr_embedding: For maximal marginal relevance, the query vector as numbers; None in other modes.
+        mmr_threshold: For maximal marginal relevance, the weight of relevance.
     """
 
     group: SearchGroup
     ranker: Any
     query: Any
     top_k: int
-    is_mmr: bool = False
+    mmr_embedding: Sequence[float] | None = None
     mmr_threshold: float | None = None
 
 
@@ -87,7 +88,7 @@ def plan_search(
         # As upstream; Milvus Lite searches sparse vectors exactly, and refuses to leave the small values out.
         search_params = {} if is_lite else {"params": {"drop_ratio_search": 0.2}}
     else:
-        data = _checked_embedding(query, store.dim)
+        data = _packed_embedding(query, store.dim)
     if mode == VectorStoreQueryMode.HYBRID:
         data = (data, sparse)
         search_params = {"metric_type": store.similarity_metric, "params": dict(store.search_config or {})}
@@ -102,7 +103,8 @@ def plan_search(
         partitions=tuple(partitions) if partitions is not None else None,
         hybrid=hybrid,
     )
-    return SearchPlan(group, ranker, data, query.similarity_top_k, is_mmr, options.get("mmr_threshold"))
+    mmr_embedding = query.query_embedding if is_mmr else None
+    return SearchPlan(group, ranker, data, query.similarity_top_k, mmr_embedding, options.get("mmr_threshold"))
 
 
 def check_mode(store: MilvusVectorStore, query: VectorStoreQuery) -> None:
@@ -130,13 +132,13 @@ def needs_sparse(query: VectorStoreQuery) -> bool:
 
 def result_of(store: MilvusVectorStore, plan: SearchPlan, hits: Hits) -> VectorStoreQueryResult:
     """Build the nodes of a query's hits, as upstream builds them."""
-    if not plan.is_mmr:
+    if plan.mmr_embedding is None:
         nodes = [_node(store, *hit) for hit in zip(hits.ids, hits.entities, strict=True)]
         return VectorStoreQueryResult(nodes=nodes, similarities=hits.scores, ids=hits.ids)
     if not hits.ids:
         return VectorStoreQueryResult(nodes=[], similarities=[], ids=[])
     similarities, ids = get_top_k_mmr_embeddings(
-        query_embedding=plan.query,
+        query_embedding=list(plan.mmr_embedding),
         embeddings=[entity[store.embedding_field] for entity in hits.entities],
         similarity_top_k=plan.top_k,
         embedding_ids=hits.ids,
@@ -216,7 +218,7 @@ def _prefetch(top_k: int, options: dict[str, Any]) -> int:
     return _checked_top_k(int(top_k * (options.get("mmr_prefetch_factor") or DEFAULT_MMR_PREFETCH_FACTOR)))
 
 
-def _checked_embedding(query: VectorStoreQuery, dim: int | None) -> list[float]:
+def _packed_embedding(query: VectorStoreQuery, dim: int | None) -> bytes:
     embedding = query.query_embedding
     if embedding is None:
         raise ValueError(
@@ -228,9 +230,10 @@ def _checked_embedding(query: VectorStoreQuery, dim: int | None) -> list[float]:
             f"the query's embedding has {len(embedding)} dimensions, the collection has {dim}: "
             "use the embedding model that the collection was made for"
         )
-    if not all(map(math.isfinite, embedding)):
-        raise ValueError("the query's embedding holds NaN or infinity: check the embedding model")
-    return embedding
+    try:
+        return pack(embedding)
+    except ValueError as error:
+        raise ValueError(f"the query's embedding {error}: check the embedding model") from None
 
 
 def _hybrid(store: MilvusVectorStore) -> tuple[HybridGroup, Any]:

@@ -26,6 +26,10 @@ class Connected:
         self.client = client
         self.async_client = async_client
         self.closed = False
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._calls = 0
+        self._ending = False
 
     @classmethod
     def anew(cls, settings: ConnectionSettings, use_async_client: bool) -> Connected:
@@ -36,6 +40,27 @@ class Connected:
             AsyncMilvusClient(uri=endpoint.uri, token=settings.token, **options) if use_async_client else None
         )
         return cls(endpoint, settings.client(endpoint.uri), async_client)
+
+    def __enter__(self) -> None:
+        """Begin a call, for whose end `finish` waits."""
+        with self._lock:  # the plain lock: a condition's own way in and out costs several times as much
+            if self._ending:
+                raise RuntimeError("this AsyncMilvusVectorStore is closed; make a new one")
+            self._calls += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._calls -= 1
+            if self._ending:
+                self._idle.notify_all()
+
+    def finish(self) -> None:
+        """Let no new call begin, wait for those under way, and close."""
+        if self.pid == os.getpid():
+            with self._idle:
+                self._ending = True
+                self._idle.wait_for(lambda: self._calls == 0)
+        self.close()
 
     def close(self) -> None:
         """Close what was opened here; a forked child leaves its parent's connections alone."""
@@ -49,32 +74,6 @@ class Connected:
 def close_with(store: object, connected: Connected) -> None:
     """Close the connection of a store that is dropped unclosed; at the interpreter's exit the process does."""
     weakref.finalize(store, connected.close).atexit = False
-
-
-class Activity:
-    """Counts the calls under way in a store, so that closing can wait for them."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._count = 0
-        self._ended = False
-
-    def __enter__(self) -> None:
-        with self._changed:
-            if self._ended:
-                raise RuntimeError("this AsyncMilvusVectorStore is closed; make a new one")
-            self._count += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._count -= 1
-            self._changed.notify_all()
-
-    def end(self) -> None:
-        """Let nothing new begin, and wait for what has begun."""
-        with self._changed:
-            self._ended = True
-            self._changed.wait_for(lambda: self._count == 0)
 
 
 def fitted(

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import grpc
@@ -24,7 +25,7 @@ from pymilvus.client import entity_helper, ts_utils
 from pymilvus.client.prepare import Prepare
 from pymilvus.client.search_result import SearchResult
 from pymilvus.exceptions import MilvusException
-from pymilvus.grpc_gen import milvus_pb2, schema_pb2
+from pymilvus.grpc_gen import common_pb2, milvus_pb2, schema_pb2
 
 from llama_index_milvus_async_ext.retry import RpcFailure, StatusFailure
 
@@ -233,8 +234,16 @@ def _varint(value: int) -> bytes:
 # --- searches
 
 
-@dataclass(frozen=True)
-class SearchGroup:
+class HybridGroup(NamedTuple):
+    """The second, sparse half of hybrid searches, and how the two halves are ranked together."""
+
+    field_name: str
+    search_params: bytes
+    ranker: str
+    ranker_params: bytes
+
+
+class SearchGroup(NamedTuple):
     """What searches must have in common to share a request: all but the query itself.
 
     `search_params` and `ranker` are the JSON of what upstream passes, so that the whole is hashable.
@@ -250,18 +259,7 @@ class SearchGroup:
     hybrid: HybridGroup | None = None
 
 
-@dataclass(frozen=True)
-class HybridGroup:
-    """The second, sparse half of hybrid searches, and how the two halves are ranked together."""
-
-    field_name: str
-    search_params: bytes
-    ranker: str
-    ranker_params: bytes
-
-
-@dataclass(frozen=True)
-class Hits:
+class Hits(NamedTuple):
     """The hits of one query: parallel lists, best first; `entities` holds the output fields of each hit."""
 
     ids: list[str]
@@ -274,16 +272,17 @@ def search_request(group: SearchGroup, queries: Sequence[Any], session_timestamp
 
     Args:
         group: What the queries share.
-        queries: Vectors or texts; for hybrid, pairs of a dense vector and a sparse one (or text).
+        queries: Dense vectors (packed), sparse ones, or texts; for hybrid, pairs of a dense vector and a sparse one
+            or a text.
         session_timestamp: The last write of this process to the collection, for Session consistency.
         ranker: The ranker of a hybrid search.
     """
     consistency: dict[str, Any] = {"guarantee_timestamp": session_timestamp or ts_utils.get_eventually_ts()}
     partitions = list(group.partitions) if group.partitions is not None else None
     if group.hybrid is None:
-        return Prepare.search_requests_with_expr(
+        request = Prepare.search_requests_with_expr(
             collection_name=group.collection,
-            data=list(queries),
+            data=_as_pymilvus_takes_them(queries),
             anns_field=group.field_name,
             param=orjson.loads(group.search_params),
             limit=group.limit,
@@ -293,27 +292,30 @@ def search_request(group: SearchGroup, queries: Sequence[Any], session_timestamp
             use_default_consistency=True,
             **consistency,
         )
+        _put_dense_vectors(request, queries)
+        return request
     halves = [
         (group.field_name, group.search_params, [dense for dense, _ in queries]),
         (group.hybrid.field_name, group.hybrid.search_params, [sparse for _, sparse in queries]),
     ]
     requests = []
     for field_name, params, vectors in halves:
-        half = AnnSearchRequest(vectors, field_name, orjson.loads(params), group.limit, expr=group.expression)
-        requests.append(
-            Prepare.search_requests_with_expr(
-                collection_name=group.collection,
-                data=half.data,
-                anns_field=half.anns_field,
-                param=half.param,
-                limit=half.limit,
-                expr=half.expr,
-                partition_names=partitions,
-                expr_params=half.expr_params,
-                use_default_consistency=True,
-                **consistency,
-            )
+        taken = _as_pymilvus_takes_them(vectors)
+        half = AnnSearchRequest(taken, field_name, orjson.loads(params), group.limit, expr=group.expression)
+        request = Prepare.search_requests_with_expr(
+            collection_name=group.collection,
+            data=half.data,
+            anns_field=half.anns_field,
+            param=half.param,
+            limit=half.limit,
+            expr=half.expr,
+            partition_names=partitions,
+            expr_params=half.expr_params,
+            use_default_consistency=True,
+            **consistency,
         )
+        _put_dense_vectors(request, vectors)
+        requests.append(request)
     return Prepare.hybrid_search_request_with_ranker(
         group.collection,
         requests,
@@ -324,6 +326,21 @@ def search_request(group: SearchGroup, queries: Sequence[Any], session_timestamp
         use_default_consistency=True,
         **consistency,
     )
+
+
+def _as_pymilvus_takes_them(queries: Sequence[Any]) -> list[Any]:
+    """The queries; of packed vectors one only, as a list of numbers, in the place of all."""
+    if isinstance(queries[0], bytes):
+        return [list(struct.unpack(f"<{len(queries[0]) // 4}f", queries[0]))]
+    return list(queries)
+
+
+def _put_dense_vectors(request: Any, queries: Sequence[Any]) -> None:
+    """Put packed vectors into a request; pymilvus would pack each anew, from numbers."""
+    if isinstance(queries[0], bytes):
+        vectors = common_pb2.PlaceholderValue(tag="$0", type=common_pb2.PlaceholderType.FloatVector, values=queries)
+        request.nq = len(queries)
+        request.placeholder_group = common_pb2.PlaceholderGroup(placeholders=[vectors]).SerializeToString()
 
 
 def hits_of(results: Any, wanted: Sequence[str]) -> list[Hits]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
@@ -19,13 +20,15 @@ from llama_index.core.vector_stores.utils import DEFAULT_DOC_ID_KEY, DEFAULT_EMB
 from llama_index.vector_stores.milvus import IndexManagement, MilvusVectorStore
 from llama_index.vector_stores.milvus.utils import DEFAULT_SPARSE_EMBEDDING_KEY, BaseSparseEmbeddingFunction
 from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.dispatcher import Dispatcher
+from llama_index_instrumentation.event_handlers import NullEventHandler
 from pymilvus import AsyncMilvusClient, DataType, MilvusClient
 from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext._endpoint import Endpoint, Limits, WriteTarget
 from llama_index_milvus_async_ext._filters import filter_expression, ids_expression
 from llama_index_milvus_async_ext._io import IoThread
-from llama_index_milvus_async_ext._lane import Lane, Submission
+from llama_index_milvus_async_ext._lane import Submission
 from llama_index_milvus_async_ext._search import (
     SearchPlan,
     check_mode,
@@ -35,7 +38,7 @@ from llama_index_milvus_async_ext._search import (
     result_of,
     stored_node,
 )
-from llama_index_milvus_async_ext._session import Activity, Connected, close_with, fitted, log_retry
+from llama_index_milvus_async_ext._session import Connected, close_with, fitted, log_retry
 from llama_index_milvus_async_ext._wire import ConnectionSettings, Schema, silence_pymilvus
 from llama_index_milvus_async_ext.events import MilvusWriteEvent
 from llama_index_milvus_async_ext.report import FailedNode, WriteReport
@@ -45,6 +48,7 @@ dispatcher = get_dispatcher(__name__)
 T = TypeVar("T")
 
 _IDS_PER_REQUEST = 1_000
+_LIMITS_OF = attrgetter(*Limits._fields)
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,6 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
 
     _settings: ConnectionSettings = PrivateAttr()
     _connected: Connected | None = PrivateAttr(default=None)
-    _activity: Activity = PrivateAttr(default_factory=lambda: Activity())
 
     def __init__(
         self,
@@ -263,15 +266,13 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
 
     def close(self) -> None:
         """Wait for the calls that are under way, then close the connection. May be called again."""
-        self._activity.end()
         if self._connected is not None:
-            self._connected.close()
+            self._connected.finish()
 
     async def aclose(self) -> None:
         """As `close`, without blocking the event loop."""
-        await asyncio.to_thread(self._activity.end)
         if self._connected is not None:
-            self._connected.close()
+            await asyncio.to_thread(self._connected.finish)
 
     def __enter__(self) -> AsyncMilvusVectorStore:
         return self
@@ -296,7 +297,7 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # pydantic's way would drop what does not pickle, connect elsewhere and apply `overwrite` again.
         served_at = self._live().endpoint.connection.address if self._settings.is_file else None
-        own = {name: getattr(self, name) for name in Limits.__dataclass_fields__}
+        own = self._limits()._asdict()
         arguments = _arguments(self) | own | {"served_at": served_at}
         connection = (self._settings.uri, self._settings.token, self._settings.options)
         return (_rebuilt, (type(self), connection, arguments))
@@ -326,7 +327,7 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
                 have Milvus seal what was written (Milvus rations this to once in ten seconds).
         """
         nodes = list(nodes)
-        sparse = await self._asparse_of_nodes(nodes)
+        sparse = None if self._sparse_encoder() is None else await self._asparse_of_nodes(nodes)
         return await self._awrite(nodes, sparse, **add_kwargs)
 
     def write(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> WriteReport:
@@ -366,19 +367,23 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
     async def _awrite(
         self,
         nodes: list[BaseNode],
-        sparse: list[Any],
+        sparse: list[Any] | None,
         milvus_partition_name: str | None = None,
         force_flush: bool = False,
         **_: Any,
     ) -> WriteReport:
         started = time.perf_counter()
-        with self._activity:
-            try:
-                lane = await self._write_lane(milvus_partition_name or "")
-            except MilvusException as error:  # nothing can be sent: that, too, is an outcome of each node
-                submission = Submission.failed(len(nodes), error)
-                return self._report(nodes, submission, started)
-            values = list(zip(nodes, sparse, strict=True))
+        connected = self._live()
+        with connected:
+            schema = connected.endpoint.connection.known_schema(self.collection_name)
+            if schema is None:
+                try:
+                    schema = await self._aschema()
+                except MilvusException as error:  # nothing can be sent: that, too, is an outcome of each node
+                    return self._report(nodes, Submission.failed(len(nodes), error), started)
+            target = self._write_target(milvus_partition_name or "")
+            lane = connected.endpoint.write_lane(target, schema, self._limits())
+            values = [(node, None) for node in nodes] if sparse is None else list(zip(nodes, sparse, strict=True))
             keys = [node.node_id for node in nodes]
             try:
                 submission = await IoThread.get().submit(lane, values, keys)
@@ -391,8 +396,8 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
                 await self._acall(_flush(self.collection_name))
         return self._report(nodes, submission, started)
 
-    async def _write_lane(self, partition: str) -> Lane[Any, None]:
-        target = WriteTarget(
+    def _write_target(self, partition: str) -> WriteTarget:
+        return WriteTarget(
             collection=self.collection_name,
             partition=partition,
             upsert=self.upsert_mode,
@@ -401,28 +406,29 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
             embedding_field=self.embedding_field if self.enable_dense else None,
             sparse_field=self.sparse_embedding_field if self._sparse_encoder() is not None else None,
         )
-        schema = await self._aschema()
-        return self._live().endpoint.write_lane(target, schema, self._limits())
 
     def _report(self, nodes: list[BaseNode], submission: Submission[Any], started: float) -> WriteReport:
         report = WriteReport(retries=submission.retries, elapsed_seconds=time.perf_counter() - started)
-        for index, node in enumerate(nodes):
+        if not submission.failures:
+            report.written.extend([node.node_id for node in nodes])
+        for index, node in enumerate(nodes if submission.failures else ()):
             failure = submission.failures.get(index)
             if failure is None:
                 report.written.append(node.node_id)
             else:
                 failed = FailedNode(node, failure.error, failure.attempts, failure.retryable)
                 (report.unknown if failure.ambiguous else report.failed).append(failed)
-        dispatcher.event(
-            MilvusWriteEvent(
-                collection_name=self.collection_name,
-                written=len(report.written),
-                failed=len(report.failed),
-                unknown=len(report.unknown),
-                retries=report.retries,
-                elapsed_seconds=report.elapsed_seconds,
+        if _is_anyone_listening():
+            dispatcher.event(
+                MilvusWriteEvent(
+                    collection_name=self.collection_name,
+                    written=len(report.written),
+                    failed=len(report.failed),
+                    unknown=len(report.unknown),
+                    retries=report.retries,
+                    elapsed_seconds=report.elapsed_seconds,
+                )
             )
-        )
         return report
 
     def _sparse_encoder(self) -> BaseSparseEmbeddingFunction | None:
@@ -430,19 +436,19 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         function = self.sparse_embedding_function
         return function if self.enable_sparse and isinstance(function, BaseSparseEmbeddingFunction) else None
 
-    async def _asparse_of_nodes(self, nodes: list[BaseNode]) -> list[Any]:
+    async def _asparse_of_nodes(self, nodes: list[BaseNode]) -> list[Any] | None:
         encoder = self._sparse_encoder()
         if encoder is None or not nodes:
-            return [None] * len(nodes)
+            return None
         try:
             return list(await encoder.async_encode_documents([node.get_content() for node in nodes]))
         except Exception:
             return self._sparse_one_by_one(encoder, nodes)
 
-    def _sparse_of_nodes(self, nodes: list[BaseNode]) -> list[Any]:
+    def _sparse_of_nodes(self, nodes: list[BaseNode]) -> list[Any] | None:
         encoder = self._sparse_encoder()
         if encoder is None or not nodes:
-            return [None] * len(nodes)
+            return None
         try:
             return list(encoder.encode_documents([node.get_content() for node in nodes]))
         except Exception:
@@ -516,16 +522,17 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         found: list[Any] = [None] * len(plans)
         limits = self._limits()
         io = IoThread.get()
+        connected = self._live()
 
         async def search(indices: list[int]) -> None:
             first = plans[indices[0]]
-            lane = self._live().endpoint.read_lane(first.group, first.ranker, limits)
+            lane = connected.endpoint.read_lane(first.group, first.ranker, limits)
             submission = await io.submit(lane, [plans[index].query for index in indices])
             _raise_failure(submission)
             for index, hits in zip(indices, submission.results, strict=True):
                 found[index] = hits
 
-        with self._activity:
+        with connected:
             if len(groups) == 1:
                 await search(next(iter(groups.values())))
             else:
@@ -706,8 +713,9 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         return await self._acall(call)
 
     async def _acall(self, call: _Call[T]) -> T:
-        endpoint = self._live().endpoint
-        with self._activity:
+        connected = self._live()
+        endpoint = connected.endpoint
+        with connected:
             submission = await IoThread.get().submit(
                 endpoint.call_lane(self._limits()), [lambda timeout: call(endpoint, timeout)]
             )
@@ -715,10 +723,20 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         return cast(T, submission.results[0])
 
     def _limits(self) -> Limits:
-        return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
+        return Limits._make(_LIMITS_OF(self))
 
 
 _Call = Callable[[Endpoint, float], Awaitable[T]]
+
+
+def _is_anyone_listening() -> bool:
+    """Whether an event would reach a handler; to make one takes longer than to find that out."""
+    current: Dispatcher | None = dispatcher
+    while current is not None:
+        if any(type(handler) is not NullEventHandler for handler in current.event_handlers):
+            return True
+        current = current.parent if current.propagate else None
+    return False
 
 
 def _flush(collection: str) -> _Call[None]:

@@ -115,6 +115,8 @@ def search_expression(query: VectorStoreQuery, doc_id_field: str, scalar_filters
     Raises:
         ValueError: as `filter_expression` and `ids_expression`.
     """
+    if query.filters is None and not (scalar_filters or query.doc_ids or query.node_ids):
+        return ""
     parts = [filter_expression(query.filters, scalar_filters)]
     parts += [ids_expression(doc_id_field, query.doc_ids)] if query.doc_ids else []
     parts += [ids_expression(MILVUS_ID_FIELD, query.node_ids)] if query.node_ids else []

@@ -19,9 +19,6 @@ from llama_index_milvus_async_ext._lane import Lane, Submission
 T = TypeVar("T")
 
 _JOIN_SECONDS = 2.0
-# Calls of one turn of a loop that cross over before the turn is over: about a full request of single adds, so that
-# the server begins on it while a thousand concurrent calls are still being made.
-_SENT_TOGETHER = 250
 
 
 class IoThread:
@@ -30,8 +27,8 @@ class IoThread:
         submission = await IoThread.get().submit(lane, nodes)      # from any event loop
         report = IoThread.get().run(coroutine)                # from any thread, also inside a running loop
 
-    What one turn of a caller's loop submits crosses over together, a few hundred calls to a wake-up of the thread, and
-    so do the outcomes on their way back: a thousand concurrent calls cost a few wake-ups, not two thousand.
+    What one turn of a caller's loop submits crosses over together, in one wake-up of the thread, and so do the
+    outcomes on their way back: a thousand concurrent calls cost two wake-ups, not two thousand.
     """
 
     _instance: IoThread | None = None
@@ -282,17 +279,13 @@ class _Port:
         if self._io.is_current:
             self._io.loop.call_soon(function)
             return
-        self._outgoing.append(function)
-        waiting = len(self._outgoing)
-        if waiting == 1:
+        if not self._outgoing:
             asyncio.get_running_loop().call_soon(self._flush)
-        elif waiting >= _SENT_TOGETHER:
-            self._flush()
+        self._outgoing.append(function)
 
     def _flush(self) -> None:
         outgoing, self._outgoing = self._outgoing, []
-        if outgoing:
-            self._io.post(*outgoing)
+        self._io.post(*outgoing)
 
     def deliver(self, future: asyncio.Future[Any], result: Any) -> None:
         """Set a future's result on the caller's loop; from the I/O thread."""

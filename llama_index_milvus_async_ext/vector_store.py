@@ -7,7 +7,7 @@ import copy
 import inspect
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from operator import attrgetter
@@ -39,7 +39,7 @@ from llama_index_milvus_async_ext._search import (
     stored_node,
 )
 from llama_index_milvus_async_ext._session import Connected, close_with, fitted, log_retry
-from llama_index_milvus_async_ext._wire import ConnectionSettings, Schema, silence_pymilvus
+from llama_index_milvus_async_ext._wire import ConnectionSettings, Hits, Schema, SearchGroup, silence_pymilvus
 from llama_index_milvus_async_ext.events import MilvusWriteEvent
 from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 from llama_index_milvus_async_ext.retry import RetryPolicy
@@ -494,79 +494,80 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         Raises:
             ValueError, MilvusException: As `aquery`, for the first query that could not be answered.
         """
-        sparse = await self._asparse_of_queries(queries)
-        plans = self._plans(await self._aschema(), queries, sparse, kwargs)
-        return self._results(plans, await self._ahits(plans))
+        connected = self._live()
+        texts = self._query_texts(queries)
+        sparse: dict[int, Any] = dict(texts)
+        encoder = self._sparse_encoder()
+        if texts and encoder is not None:
+            sparse |= zip(texts, await encoder.async_encode_queries(list(texts.values())), strict=True)
+        schema = connected.endpoint.connection.known_schema(self.collection_name) or await self._aschema()
+        plans = self._plans(connected, schema, queries, sparse, kwargs)
+        return self._results(plans, await self._ahits(connected, plans))
 
     def query_many(self, queries: Sequence[VectorStoreQuery], **kwargs: Any) -> list[VectorStoreQueryResult]:
         """As `aquery_many`, blocking."""
-        io = IoThread.get()
-        sparse = self._sparse_of_queries(queries)
-        schema = self._live().endpoint.connection.known_schema(self.collection_name) or io.run(self._aschema())
-        plans = self._plans(schema, queries, sparse, kwargs)
-        return self._results(plans, io.run(self._ahits(plans)))
-
-    def _plans(
-        self, schema: Schema, queries: Sequence[VectorStoreQuery], sparse: list[Any], options: dict[str, Any]
-    ) -> list[SearchPlan]:
-        is_lite = self._live().endpoint.is_lite
-        return [plan_search(self, schema, *pair, options, is_lite) for pair in zip(queries, sparse, strict=True)]
-
-    def _results(self, plans: list[SearchPlan], found: list[Any]) -> list[VectorStoreQueryResult]:
-        return [result_of(self, plan, hits) for plan, hits in zip(plans, found, strict=True)]
-
-    async def _ahits(self, plans: list[SearchPlan]) -> list[Any]:
-        groups: dict[Any, list[int]] = {}
-        for index, plan in enumerate(plans):
-            groups.setdefault(plan.group, []).append(index)
-        found: list[Any] = [None] * len(plans)
-        limits = self._limits()
-        io = IoThread.get()
         connected = self._live()
-
-        async def search(indices: list[int]) -> None:
-            first = plans[indices[0]]
-            lane = connected.endpoint.read_lane(first.group, first.ranker, limits)
-            submission = await io.submit(lane, [plans[index].query for index in indices])
-            _raise_failure(submission)
-            for index, hits in zip(indices, submission.results, strict=True):
-                found[index] = hits
-
-        with connected:
-            if len(groups) == 1:
-                await search(next(iter(groups.values())))
-            else:
-                await asyncio.gather(*map(search, groups.values()))
-        return found
-
-    async def _asparse_of_queries(self, queries: Sequence[VectorStoreQuery]) -> list[Any]:
-        sparse, wanting = self._query_texts(queries)
+        io = IoThread.get()
+        texts = self._query_texts(queries)
+        sparse: dict[int, Any] = dict(texts)
         encoder = self._sparse_encoder()
-        if encoder is not None and wanting:
-            vectors = await encoder.async_encode_queries([sparse[index] for index in wanting])
-            for index, vector in zip(wanting, vectors, strict=True):
-                sparse[index] = vector
-        return sparse
+        if texts and encoder is not None:
+            sparse |= zip(texts, encoder.encode_queries(list(texts.values())), strict=True)
+        schema = connected.endpoint.connection.known_schema(self.collection_name) or io.run(self._aschema())
+        plans = self._plans(connected, schema, queries, sparse, kwargs)
+        return self._results(plans, io.run(self._ahits(connected, plans)))
 
-    def _sparse_of_queries(self, queries: Sequence[VectorStoreQuery]) -> list[Any]:
-        sparse, wanting = self._query_texts(queries)
-        encoder = self._sparse_encoder()
-        if encoder is not None and wanting:
-            vectors = encoder.encode_queries([sparse[index] for index in wanting])
-            for index, vector in zip(wanting, vectors, strict=True):
-                sparse[index] = vector
-        return sparse
-
-    def _query_texts(self, queries: Sequence[VectorStoreQuery]) -> tuple[list[Any], list[int]]:
-        """The text of each query whose mode searches sparse vectors, and which queries those are."""
-        texts: list[Any] = [None] * len(queries)
+    def _query_texts(self, queries: Sequence[VectorStoreQuery]) -> dict[int, str]:
+        """The texts of the queries whose mode searches sparse vectors, by their places."""
+        texts = {}
         for index, query in enumerate(queries):
             check_mode(self, query)
             if needs_sparse(query):
                 if query.query_str is None:
                     raise ValueError(f"a query in mode {mode_name(query)!r} needs query_str")
                 texts[index] = query.query_str
-        return texts, [index for index, text in enumerate(texts) if text is not None]
+        return texts
+
+    def _plans(
+        self,
+        connected: Connected,
+        schema: Schema,
+        queries: Sequence[VectorStoreQuery],
+        sparse: dict[int, Any],
+        options: dict[str, Any],
+    ) -> list[SearchPlan]:
+        is_lite = connected.endpoint.is_lite
+        return [
+            plan_search(self, schema, query, sparse.get(index), options, is_lite) for index, query in enumerate(queries)
+        ]
+
+    def _results(self, plans: list[SearchPlan], found: Sequence[Hits]) -> list[VectorStoreQueryResult]:
+        return [result_of(self, plan, hits) for plan, hits in zip(plans, found, strict=True)]
+
+    async def _ahits(self, connected: Connected, plans: list[SearchPlan]) -> Sequence[Hits]:
+        """The hits of each plan; plans of one group travel together."""
+        groups: dict[SearchGroup, list[int]] = {}
+        for index, plan in enumerate(plans):
+            groups.setdefault(plan.group, []).append(index)
+        limits = self._limits()
+        io = IoThread.get()
+
+        def search(indices: list[int]) -> Coroutine[Any, Any, Submission[Hits]]:
+            first = plans[indices[0]]
+            lane = connected.endpoint.read_lane(first.group, first.ranker, limits)
+            return io.submit(lane, [plans[index].query for index in indices])
+
+        found: list[Any] = [None] * len(plans)
+        with connected:
+            if len(groups) == 1:
+                submissions = [await search(*groups.values())]
+            else:
+                submissions = await asyncio.gather(*map(search, groups.values()))
+        for indices, submission in zip(groups.values(), submissions, strict=True):
+            _raise_failure(submission)
+            for index, hits in zip(indices, submission.results, strict=True):
+                found[index] = hits
+        return found
 
     # --- deletes and look-ups
 

@@ -33,6 +33,9 @@ except ImportError:  # not on Windows, where Milvus Lite does not lock its folde
 
 _MAX_LANES = 256
 _RELOAD_SECONDS = 5.0
+# Hits that one search request may ask for: with 4 kB each, two thirds of what a server may answer at once (64 MiB).
+# A larger answer would cost the server its work and then be halved.
+_MAX_HITS = 10_000
 
 
 # Named tuples, as one of each is made and hashed for each call: a frozen dataclass takes five times as long.
@@ -150,9 +153,8 @@ class Endpoint:
                 return await self.connection.search(group, queries, ranker, timeout)
 
         def build() -> Lane[Any, Hits]:
-            return self._lane(
-                _prepare_query, send, limits, limits.max_batch_queries, limits.max_batch_bytes, abort_when_unwanted=True
-            )
+            queries = min(limits.max_batch_queries, max(_MAX_HITS // group.limit, 1))
+            return self._lane(_prepare_query, send, limits, queries, limits.max_batch_bytes, abort_when_unwanted=True)
 
         return self._known(("queries", group, limits), build)
 

@@ -169,10 +169,11 @@ class RowEncoder:
         if forbidden:
             name = forbidden.pop()
             raise _refused(node, f"its metadata has the key {name!r}, which Milvus fills itself", "rename the key")
-        columns = self._columns
-        rest = {key: value for key, value in entity.items() if key not in columns}
         if not self._schema.dynamic:
             return b""
+        rest = dict(entity)
+        for column in self._columns:
+            rest.pop(column, None)
         try:
             dynamic = orjson.dumps(rest)
         except (TypeError, ValueError, RecursionError) as error:

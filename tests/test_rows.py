@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 from hypothesis import given, settings
@@ -23,8 +24,10 @@ from llama_index.core.schema import (
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus import CollectionSchema, DataType, FieldSchema
+from pymilvus.client.blob import vector_float_to_bytes
+from pymilvus.client.prepare import Prepare
 
-from llama_index_milvus_async_ext import _node_json, _search, _wire
+from llama_index_milvus_async_ext import _node_json, _search, _vectors, _wire
 from llama_index_milvus_async_ext._rows import MAX_DYNAMIC_BYTES, RowEncoder
 from llama_index_milvus_async_ext._wire import Schema
 
@@ -120,14 +123,15 @@ def test_requests_equal_those_of_upstream_and_pymilvus(batch: list[BaseNode], up
                 keys, st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()), max_size=4
             )
         },
-    )
+    ),
+    st.sampled_from(["text", "content", "mimetype", "metadata"]),
 )
-def test_plain_nodes_are_written_as_pydantic_writes_them(node: TextNode) -> None:
+def test_plain_nodes_are_written_as_pydantic_writes_them(node: TextNode, text_key: str) -> None:
     class Other(TextNode):  # another class, which takes the way through pydantic
         pass
 
     other = Other(**dict(node.__dict__))
-    assert _node_json.stored_json(node, "text") == _node_json.stored_json(other, "text")
+    assert _node_json.stored_json(node, text_key) == _node_json.stored_json(other, text_key)
 
 
 @settings(max_examples=50, deadline=None)
@@ -209,6 +213,50 @@ def test_a_value_that_its_column_does_not_take_is_named(value: Any, says: str) -
     metadata = {} if value is None else {"year": value}
     with pytest.raises(ValueError, match=says):
         encoder(schema).encode(a_node(metadata=metadata))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(width=64), min_size=DIM, max_size=DIM))
+def test_vectors_are_packed_as_pymilvus_packs_them_or_refused(vector: list[float]) -> None:
+    with np.errstate(over="ignore"):
+        fits = bool(np.isfinite(np.array(vector).astype(np.float32)).all())
+    if fits:
+        assert _vectors.pack(vector) == vector_float_to_bytes(vector)
+    else:
+        problem = "does not fit float32" if np.isfinite(vector).all() else "NaN or infinity"
+        with pytest.raises(ValueError, match=problem):
+            _vectors.pack(vector)
+
+
+vectors = st.lists(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=DIM, max_size=DIM),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(vectors, st.integers(1, 100), st.sampled_from(["", 'color == "red"']))
+def test_search_requests_equal_those_of_pymilvus(queries: list[list[float]], limit: int, expression: str) -> None:
+    group = _wire.SearchGroup(
+        collection="c",
+        field_name="embedding",
+        limit=limit,
+        expression=expression,
+        output_fields=("text", "_node_content"),
+        search_params=orjson.dumps({"metric_type": "IP", "params": {"ef": 10}}),
+    )
+    request = _wire.search_request(group, [_vectors.pack(query) for query in queries], session_timestamp=5)
+    assert request == Prepare.search_requests_with_expr(
+        collection_name="c",
+        data=queries,
+        anns_field="embedding",
+        param={"metric_type": "IP", "params": {"ef": 10}},
+        limit=limit,
+        expr=expression,
+        output_fields=["text", "_node_content"],
+        guarantee_timestamp=5,
+    )
 
 
 def test_limits_are_exact() -> None:

@@ -34,7 +34,7 @@ class _Scale:
 
 
 _FULL = _Scale(rounds=5, few_rounds=3, is_quick=False)
-_QUICK = _Scale(rounds=3, few_rounds=1, is_quick=True)
+_QUICK = _Scale(rounds=1, few_rounds=1, is_quick=True)
 
 
 async def _memory(backend: Backend, scale: _Scale) -> Outcome:
@@ -44,7 +44,7 @@ async def _memory(backend: Backend, scale: _Scale) -> Outcome:
 
 
 _WORKLOADS: dict[str, Callable[[Backend, _Scale], Awaitable[Outcome]]] = {
-    "adds": lambda backend, scale: adds.run(backend, dim=_DIM, rounds=scale.few_rounds),
+    "adds": lambda backend, scale: adds.run(backend, dim=_DIM, rounds=scale.few_rounds, is_quick=scale.is_quick),
     "bulk": lambda backend, scale: bulk.run(
         backend,
         dim=_DIM,
@@ -83,22 +83,31 @@ def main() -> int:
     logging.disable(logging.WARNING)  # pymilvus and LlamaIndex
     scale = _QUICK if given.quick else _FULL
     with open_milvus(given.uri, given.token) as backend:
-        results = asyncio.run(_run(backend, given.only or list(_WORKLOADS), scale))
-    stored.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        results = asyncio.run(
+            _run(
+                backend,
+                given.only or list(_WORKLOADS),
+                scale,
+                lambda so_far: stored.write_text(json.dumps(so_far, indent=1), encoding="utf-8"),
+            )
+        )
     print("\n" + report.table(results["figures"]))
     for path in [stored, *charts.draw(results, given.out)]:
         print(f"wrote {path}")
     return 0
 
 
-async def _run(backend: Backend, names: list[str], scale: _Scale) -> dict[str, Any]:
+async def _run(
+    backend: Backend, names: list[str], scale: _Scale, store: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
+    """Run workloads; `store` gets the results so far after each of them."""
     machine = report.describe_machine(backend.client)
     if machine["load_before"] > machine["cores"] / 2:
         print(f"other work is running here (load {machine['load_before']}): expect a wide spread", file=sys.stderr)
     results: dict[str, Any] = {
         "machine": machine,
         "is_quick": scale.is_quick,
-        "rounds": scale.rounds if scale.rounds == scale.few_rounds else f"{scale.few_rounds} to {scale.rounds}",
+        "rounds": str(scale.rounds) if scale.rounds == scale.few_rounds else f"{scale.few_rounds} to {scale.rounds}",
         "seconds": {},
         "figures": [],
         "series": {},
@@ -110,6 +119,7 @@ async def _run(backend: Backend, names: list[str], scale: _Scale) -> dict[str, A
         print(f"{name}: {taken:.0f} s", file=sys.stderr)
         results["figures"] += [figure.as_dict() for figure in outcome.figures]
         results["series"][name] = outcome.series
+        store(results)
     return results
 
 

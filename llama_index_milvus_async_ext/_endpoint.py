@@ -33,6 +33,9 @@ except ImportError:  # not on Windows, where Milvus Lite does not lock its folde
 
 _MAX_LANES = 256
 _RELOAD_SECONDS = 5.0
+# Rows that are not spread over several requests. 1,000 single adds took a server 135 to 147 ms with 100 to 250 here,
+# and 166 ms unspread.
+_LEAST_ROWS = 250
 # Hits that one search request may ask for: with 4 kB each, two thirds of what a server may answer at once (64 MiB).
 # A larger answer would cost the server its work and then be halved.
 _MAX_HITS = 10_000
@@ -140,7 +143,13 @@ class Endpoint:
                 sparse_field=target.sparse_field,
             )
             return self._lane(
-                lambda item: encoder.encode(*item), send, limits, limits.batch_size, limits.max_batch_bytes, lite=1
+                lambda item: encoder.encode(*item),
+                send,
+                limits,
+                limits.batch_size,
+                limits.max_batch_bytes,
+                max_in_flight=1 if self.is_lite else limits.max_concurrency,
+                spread_above=_LEAST_ROWS,
             )
 
         return self._known(("rows", target, schema, limits), build)
@@ -183,7 +192,8 @@ class Endpoint:
         max_items: int,
         max_bytes: int,
         *,
-        lite: int | None = None,
+        max_in_flight: int | None = None,
+        spread_above: int | None = None,
         abort_when_unwanted: bool = False,
     ) -> Lane[Any, Any]:
         return Lane(
@@ -193,9 +203,10 @@ class Endpoint:
             policy=limits.retry,
             max_items=max_items,
             max_bytes=max_bytes,
-            max_in_flight=lite if lite is not None and self.is_lite else limits.max_concurrency,
+            max_in_flight=limits.max_concurrency if max_in_flight is None else max_in_flight,
             ceiling=limits.max_concurrency,
             rpc_timeout_seconds=limits.rpc_timeout_seconds,
+            spread_above=spread_above,
             abort_when_unwanted=abort_when_unwanted,
             on_retry=self._on_retry,
         )

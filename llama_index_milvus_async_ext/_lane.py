@@ -133,7 +133,7 @@ class _Flight(Generic[T]):
 
 
 class Lane(Generic[T, R]):
-    """Items wait here until a slot is free; a free slot takes the largest batch that fits.
+    """Items wait here until a slot is free; a free slot takes as many as fit, or its share of them.
 
         lane = Lane(prepare=encode, send=search, limit=limit, policy=RetryPolicy(), max_items=100, ...)
         submission = lane.submit([query], keys=None, on_done=print)
@@ -161,6 +161,8 @@ class Lane(Generic[T, R]):
         max_in_flight: Batches of this lane under way at once, those that pause before another attempt included.
         ceiling: Requests in flight to the endpoint, of all lanes, above which this lane does not send.
         rpc_timeout_seconds: Bound on one attempt.
+        spread_above: Share what waits out evenly among the free slots, so that the endpoint begins on the first part
+            while the others are prepared; but leave requests of this many items whole. None: don't.
         abort_when_unwanted: Whether a request is aborted once all its callers gave up (right for reads; a write is
             left to end, because an aborted write may still be applied, after a later one of the same key).
         on_retry: Told of each pause before another attempt: the error, the attempt's number, the pause in seconds.
@@ -178,6 +180,7 @@ class Lane(Generic[T, R]):
         max_in_flight: int,
         ceiling: int,
         rpc_timeout_seconds: float,
+        spread_above: int | None = None,
         abort_when_unwanted: bool = False,
         on_retry: Callable[[BaseException, int, float], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -187,6 +190,7 @@ class Lane(Generic[T, R]):
         self._limit = limit
         self._policy = policy
         self._max_items = max_items
+        self._spread_above = max_items if spread_above is None else min(spread_above, max_items)
         self._max_bytes = max_bytes
         self._max_in_flight = max_in_flight
         self._ceiling = ceiling
@@ -322,12 +326,13 @@ class Lane(Generic[T, R]):
     def _take_batch(self) -> list[_Item[T]]:
         batch: list[_Item[T]] = []
         nbytes = 0
-        share = max(self._max_items // max(len(self._ring), 1), 1)
-        while self._ring and len(batch) < self._max_items:
+        most = self._batch_size()
+        share = max(most // max(len(self._ring), 1), 1)
+        while self._ring and len(batch) < most:
             submission = self._ring.popleft()
             submission.in_ring = False
             ready = submission.ready
-            quota = min(share, self._max_items - len(batch))
+            quota = min(share, most - len(batch))
             while ready and quota > 0:
                 item = ready.popleft()
                 if item.settled:
@@ -344,6 +349,14 @@ class Lane(Generic[T, R]):
                 quota -= 1
             self._enqueue(submission)
         return batch
+
+    def _batch_size(self) -> int:
+        """How many items the batch that is taken now may have."""
+        if self._spread_above == self._max_items:
+            return self._max_items
+        waiting = sum(len(submission.ready) for submission in self._ring)
+        free_slots = min(self._max_in_flight - len(self._flights), self._limit.free(self._ceiling) + 1)  # and its own
+        return min(max(-(-waiting // max(free_slots, 1)), self._spread_above), self._max_items)
 
     def _enqueue(self, submission: Submission[R]) -> None:
         if submission.ready and not submission.in_ring:

@@ -38,6 +38,10 @@ class Limit:
         """Requests that may be in flight now."""
         return max(int(self._current), 1)
 
+    def free(self, ceiling: int) -> int:
+        """Slots that a caller with this ceiling could take now."""
+        return max(min(self.current, ceiling) - self.in_flight, 0)
+
     def allow(self, maximum: int) -> None:
         """Let the limit grow to `maximum`, for a caller that asks for more than those before it."""
         if maximum > self._maximum:

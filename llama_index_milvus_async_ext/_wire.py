@@ -195,9 +195,10 @@ def _columnar_request(collection: str, partition: str, schema: Schema, rows: Seq
         name, kind_of_field = info["name"], info["type"]
         column = request.fields_data.add(field_name=name, type=int(kind_of_field))
         if kind_of_field == DataType.FLOAT_VECTOR:
-            packed = b"".join([row.vector for row in rows if row.vector is not None])
-            column.vectors.dim = len(packed) // (4 * len(rows))
-            column.vectors.float_vector.MergeFromString(b"\x0a" + _varint(len(packed)) + packed)
+            vectors = [row.vector for row in rows if row.vector is not None]
+            nbytes = sum(map(len, vectors))
+            column.vectors.dim = nbytes // (4 * len(rows))
+            column.vectors.float_vector.MergeFromString(b"".join([b"\x0a", _varint(nbytes), *vectors]))
         elif kind_of_field == DataType.SPARSE_FLOAT_VECTOR:
             for row in rows:
                 entity_helper.pack_field_value_to_field_data(row.entity[name], column, info, {})

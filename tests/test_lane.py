@@ -133,6 +133,19 @@ def test_an_idle_lane_sends_at_once_and_a_busy_one_batches_by_itself() -> None:
     run(scenario())
 
 
+def test_what_waits_is_spread_over_the_free_slots() -> None:
+    async def scenario() -> None:
+        server = Server()
+        lane = make_lane(server, spread_above=3)
+        await outcome(lane, [Item(n) for n in range(16)])
+        await asyncio.gather(*(outcome(lane, [Item(n)]) for n in range(5)))
+        await outcome(lane, [Item(n) for n in range(100)])
+        assert [len(batch) for batch in server.batches[:6]] == [4, 4, 4, 4, 3, 2]
+        assert [len(batch) for batch in server.batches[6:10]] == [8] * 4, "no larger than max_items"
+
+    run(scenario())
+
+
 def test_batches_keep_to_items_and_bytes() -> None:
     async def scenario() -> None:
         server = Server()
@@ -354,13 +367,14 @@ def arrivals(draw: st.DrawFn) -> Any:
         )
     )
     fates = st.sampled_from([OK] * 6 + [LOST, APPLIED_UNANSWERED, OVERLOAD, NOT_READY, DENIED])
-    return calls, draw(st.lists(fates, max_size=40)), draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    spread_above = draw(st.one_of(st.none(), st.integers(1, 9)))
+    return calls, draw(st.lists(fates, max_size=40)), draw(st.integers(1, 5)), draw(st.integers(1, 6)), spread_above
 
 
 @settings(max_examples=200, deadline=None)
 @given(arrivals(), st.integers(0, 2**32 - 1))
 def test_every_item_gets_exactly_its_own_outcome(world: Any, seed: int) -> None:
-    calls, script, maximum, max_in_flight = world
+    calls, script, maximum, max_in_flight, spread_above = world
     random.seed(seed)
 
     async def scenario() -> None:
@@ -368,7 +382,8 @@ def test_every_item_gets_exactly_its_own_outcome(world: Any, seed: int) -> None:
         loop = asyncio.get_running_loop()
         limit = Limit(maximum, clock=loop.time)
         policy = RetryPolicy(max_attempts=4, deadline_seconds=60)
-        lane = make_lane(server, limit=limit, policy=policy, max_in_flight=max_in_flight, ceiling=maximum)
+        bounds = {"max_in_flight": max_in_flight, "ceiling": maximum, "spread_above": spread_above}
+        lane = make_lane(server, limit=limit, policy=policy, **bounds)
         outcomes: dict[int, int] = defaultdict(int)
         submissions: list[tuple[list[Item], Submission[str], bool]] = []
 

@@ -33,7 +33,7 @@ class _Scale:
     is_quick: bool
 
 
-_FULL = _Scale(rounds=5, few_rounds=3, is_quick=False)
+_FULL = _Scale(rounds=3, few_rounds=3, is_quick=False)
 _QUICK = _Scale(rounds=1, few_rounds=1, is_quick=True)
 
 

@@ -124,15 +124,15 @@ class Endpoint:
     # --- lanes
 
     def write_lane(self, target: WriteTarget, schema: Schema, limits: Limits) -> Lane[Any, None]:
-        """The lane for rows of one collection and partition; an item is a node and its sparse vector or None."""
+        """The lane for rows of one collection and partition; an item is a node, or a node and its sparse vector."""
 
         async def send(rows: list[Row], upsert: bool, timeout: float) -> list[None]:
-            collection = target.collection
+            collection, count = target.collection, len(rows)
             async with self.writing(collection, timeout):
                 current = await self.connection.schema(collection, timeout)
                 upsert = upsert or target.upsert
                 await self.connection.write(collection, target.partition, current, rows, upsert, timeout)
-            return [None] * len(rows)
+            return [None] * count
 
         def build() -> Lane[Any, None]:
             encoder = RowEncoder(
@@ -143,7 +143,7 @@ class Endpoint:
                 sparse_field=target.sparse_field,
             )
             return self._lane(
-                lambda item: encoder.encode(*item),
+                lambda item: encoder.encode(*item) if type(item) is tuple else encoder.encode(item),
                 send,
                 limits,
                 limits.batch_size,

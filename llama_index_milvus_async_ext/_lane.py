@@ -151,7 +151,8 @@ class Lane(Generic[T, R]):
 
     Args:
         prepare: Turns an item's value into its payload and the payload's size in bytes; raises for a bad one.
-        send: Sends one request: `send(payloads, upsert, timeout_seconds) -> one result per payload`. `upsert` tells
+        send: Sends one request: `send(payloads, upsert, timeout_seconds) -> one result per payload`. It may empty the
+            list, to save memory while it waits; another attempt prepares its items anew. `upsert` tells
             that some item may be there already: an earlier attempt may have been executed, or an earlier item had the
             same key.
         limit: The slots of the endpoint.
@@ -481,7 +482,8 @@ class Lane(Generic[T, R]):
         timeout = max(min(self._rpc_timeout_seconds, flight.deadline_at - sent_at), 0.001)
         try:
             flight.sending = True
-            results = await self._send([item.payload for item in group], upsert, timeout)
+            # The list is the sender's own, so that it can let go of the payloads as soon as it has sent them.
+            results = await self._send([self._payload(item) for item in group], upsert, timeout)
         except Exception as error:
             if classify(error) is Verdict.OVERLOAD:
                 self._limit.overloaded(sent_at)
@@ -492,6 +494,11 @@ class Lane(Generic[T, R]):
             raise RuntimeError(f"{len(group)} items were sent, but {len(results)} results came back")
         self._limit.succeeded()
         return results
+
+    def _payload(self, item: _Item[T]) -> Any:
+        """The item's payload, which is kept for the first attempt only: few need another, and many are under way."""
+        payload, item.payload = item.payload, None
+        return self._prepare(item.value)[0] if payload is None else payload
 
     def _release_slot(self, flight: _Flight[T]) -> None:
         if flight.holds_slot:

@@ -95,9 +95,9 @@ class RowEncoder:
                 nbytes += len(value)
             else:
                 nbytes += self._checked_size(node, entity, name, kind, limit)
-        dynamic = self._dynamic(node, entity)
+        columns, dynamic = self._parted(node, entity)
         nbytes += len(dynamic) + (len(vector) if vector else 0) + 8 * len(sparse or ())
-        return Row(entity, dynamic, vector), nbytes
+        return Row(columns, dynamic, vector), nbytes
 
     def _vector(self, node: BaseNode) -> bytes:
         embedding = node.embedding
@@ -164,18 +164,17 @@ class RowEncoder:
             raise _refused(node, f"its {name!r}, {value}, is too large for {kind.name}", "use a smaller number")
         return 8
 
-    def _dynamic(self, node: BaseNode, entity: dict[str, Any]) -> bytes:
+    def _parted(self, node: BaseNode, entity: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        """The values of the collection's columns, and the JSON of the others."""
         forbidden = self._forbidden.intersection(entity)
         if forbidden:
             name = forbidden.pop()
             raise _refused(node, f"its metadata has the key {name!r}, which Milvus fills itself", "rename the key")
         if not self._schema.dynamic:
-            return b""
-        rest = dict(entity)
-        for column in self._columns:
-            rest.pop(column, None)
+            return entity, b""
+        columns = {name: entity.pop(name) for name in self._columns if name in entity}
         try:
-            dynamic = orjson.dumps(rest)
+            dynamic = orjson.dumps(entity)
         except (TypeError, ValueError, RecursionError) as error:
             raise _refused(node, f"its metadata can't be stored as JSON ({error})", "use plain JSON values") from None
         if len(dynamic) > MAX_DYNAMIC_BYTES:
@@ -185,7 +184,7 @@ class RowEncoder:
                 f"{MAX_DYNAMIC_BYTES} (each metadata value is stored twice)",
                 "store less metadata",
             )
-        return dynamic
+        return columns, dynamic
 
 
 def _refused(node: BaseNode, problem: str, remedy: str) -> ValueError:

@@ -390,7 +390,7 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
                     return self._report(nodes, Submission.failed(len(nodes), error), started)
             target = self._write_target(milvus_partition_name or "")
             lane = connected.endpoint.write_lane(target, schema, self._limits())
-            values = [(node, None) for node in nodes] if sparse is None else list(zip(nodes, sparse, strict=True))
+            values: list[Any] = nodes if sparse is None else list(zip(nodes, sparse, strict=True))
             keys = [node.node_id for node in nodes]
             try:
                 submission = await IoThread.get().submit(lane, values, keys)

@@ -14,12 +14,13 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks import adds, bulk, charts, embedding, latency, lite, memory, report, searches, sizes
 from benchmarks.backend import Backend
 from benchmarks.measure import Outcome
 
+_T = TypeVar("_T")
 REPOSITORY = Path(__file__).resolve().parent.parent
 _DIM = 768
 
@@ -29,46 +30,45 @@ class _Scale:
     """How much is run: everything, or a short look."""
 
     rounds: int
-    few_rounds: int  # for what takes long
     is_quick: bool
 
+    def of(self, full: _T, quick: _T) -> _T:
+        """The one of two values that belongs to this scale."""
+        return quick if self.is_quick else full
 
-_FULL = _Scale(rounds=3, few_rounds=3, is_quick=False)
-_QUICK = _Scale(rounds=1, few_rounds=1, is_quick=True)
 
-
-async def _memory(backend: Backend, scale: _Scale) -> Outcome:
-    if scale.is_quick:
-        return memory.run(backend.uri, backend.token, dim=128, rounds=1, count=20_000)
-    return memory.run(backend.uri, backend.token, dim=_DIM, rounds=scale.few_rounds, count=100_000)
+_FULL = _Scale(rounds=3, is_quick=False)
+_QUICK = _Scale(rounds=1, is_quick=True)
+_FULL_ONLY = ("memory", "sizes")  # small sizes would say nothing
 
 
 _WORKLOADS: dict[str, Callable[[Backend, _Scale], Awaitable[Outcome]]] = {
-    "adds": lambda backend, scale: adds.run(backend, dim=_DIM, rounds=scale.few_rounds, is_quick=scale.is_quick),
+    "adds": lambda backend, scale: adds.run(
+        backend, dim=_DIM, rounds=scale.rounds, is_quick=scale.is_quick, counts=scale.of((10, 100, 1_000), (1_000,))
+    ),
     "bulk": lambda backend, scale: bulk.run(
         backend,
         dim=_DIM,
         rounds=scale.rounds,
-        count=4_000 if scale.is_quick else 10_000,
+        count=scale.of(10_000, 4_000),
         is_quick=scale.is_quick,
     ),
     "searches": lambda backend, scale: searches.run(backend, dim=_DIM, rounds=scale.rounds, count=1_000),
-    "lite": lambda backend, scale: lite.run(dim=_DIM, rounds=scale.few_rounds, searches=200, adds=1_000),
+    "lite": lambda backend, scale: lite.run(
+        dim=_DIM, rounds=scale.rounds, searches=scale.of(200, 100), adds=scale.of(1_000, 300)
+    ),
     "embedding": lambda backend, scale: embedding.run(
-        backend, dim=_DIM, rounds=scale.rounds, count=2_000 if scale.is_quick else 10_000
+        backend, dim=_DIM, rounds=scale.rounds, count=scale.of(10_000, 2_000), is_quick=scale.is_quick
     ),
-    "memory": _memory,
-    "sizes": lambda backend, scale: sizes.run(
-        backend,
-        dim=_DIM,
-        rounds=scale.few_rounds,
-        sizes=(1_000, 3_000, 10_000) if scale.is_quick else sizes.SIZES,
+    "memory": lambda backend, scale: memory.run(
+        backend.uri, backend.token, dim=_DIM, rounds=scale.rounds, count=100_000
     ),
+    "sizes": lambda backend, scale: sizes.run(backend, dim=_DIM, rounds=scale.rounds),
     "latency": lambda backend, scale: latency.run(
         backend,
         dim=_DIM,
-        rounds=scale.few_rounds,
-        concurrencies=(1, 10, 100, 1_000) if scale.is_quick else latency.CONCURRENCIES,
+        rounds=scale.rounds,
+        concurrencies=scale.of(latency.CONCURRENCIES, (1, 30, 1_000)),
     ),
 }
 
@@ -86,7 +86,7 @@ def main() -> int:
         results = asyncio.run(
             _run(
                 backend,
-                given.only or list(_WORKLOADS),
+                given.only or [name for name in _WORKLOADS if not (given.quick and name in _FULL_ONLY)],
                 scale,
                 lambda so_far: stored.write_text(json.dumps(so_far, indent=1), encoding="utf-8"),
             )
@@ -107,7 +107,7 @@ async def _run(
     results: dict[str, Any] = {
         "machine": machine,
         "is_quick": scale.is_quick,
-        "rounds": str(scale.rounds) if scale.rounds == scale.few_rounds else f"{scale.few_rounds} to {scale.rounds}",
+        "rounds": scale.rounds,
         "seconds": {},
         "figures": [],
         "series": {},

@@ -108,6 +108,7 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         rpc_timeout_seconds: Bound on one attempt of one request: long enough for a full one to a busy server, short
             enough to notice a frozen one.
         retry: When and for how long failed requests are tried again.
+        served_at: Not for you: where the process that pickled this store serves its Milvus Lite file.
         **kwargs: All other arguments of `MilvusVectorStore` (`collection_name`, `overwrite`, `enable_sparse`,
             `consistency_level`, ...) and of `pymilvus.MilvusClient` (`db_name`, `secure`, `server_pem_path`, ...).
 

@@ -355,9 +355,13 @@ class Lane(Generic[T, R]):
         """How many items the batch that is taken now may have."""
         if self._spread_above == self._max_items:
             return self._max_items
-        waiting = sum(len(submission.ready) for submission in self._ring)
         free_slots = min(self._max_in_flight - len(self._flights), self._limit.free(self._ceiling) + 1)  # and its own
-        return min(max(-(-waiting // max(free_slots, 1)), self._spread_above), self._max_items)
+        waiting = 0
+        for submission in self._ring:
+            waiting += len(submission.ready)
+            if waiting >= self._max_items * free_slots:  # of many callers, no more are counted than make a difference
+                return self._max_items
+        return min(max(-(-waiting // free_slots), self._spread_above), self._max_items)
 
     def _enqueue(self, submission: Submission[R]) -> None:
         if submission.ready and not submission.in_ring:

@@ -512,10 +512,9 @@ class Lane(Generic[T, R]):
     # --- outcomes
 
     def _fail(self, item: _Item[T], error: BaseException, verdict: Verdict) -> None:
-        # A rejection of the data settles what earlier, unanswered attempts left open: they carried the same data.
-        # Any other rejection says nothing of them.
-        ambiguous = item.ambiguous and verdict not in (Verdict.BAD_DATA, Verdict.TOO_LARGE)
-        self._record(item, None, Failure(error, item.attempts, verdict.retryable, ambiguous))
+        # No rejection settles what an earlier, unanswered attempt left open: it may have met another schema, or another
+        # state of the server, and "unknown" is true in any case.
+        self._record(item, None, Failure(error, item.attempts, verdict.retryable, item.ambiguous))
 
     def _record(self, item: _Item[T], result: R | None, failure: Failure | None) -> None:
         if item.settled:

@@ -239,13 +239,13 @@ def test_a_permanent_error_is_sent_once() -> None:
     run(scenario())
 
 
-def test_what_no_answer_settled_is_ambiguous_and_what_was_rejected_is_not() -> None:
+def test_what_no_answer_settled_is_ambiguous_though_it_is_rejected_later() -> None:
     async def scenario() -> None:
         policy = RetryPolicy(max_attempts=2)
         lost = await outcome(make_lane(Server(script=[LOST] * 2), policy=policy), [Item(0)])
         assert lost.failures[0].ambiguous and lost.failures[0].retryable
         rejected = await outcome(make_lane(Server(script=[LOST, OK]), policy=policy), [Item(0, bad=True)])
-        assert not rejected.failures[0].ambiguous
+        assert rejected.failures[0].ambiguous and not rejected.failures[0].retryable
         waiting = await outcome(make_lane(Server(script=[NOT_READY] * 2), policy=policy), [Item(0)])
         assert not waiting.failures[0].ambiguous and waiting.failures[0].retryable
 

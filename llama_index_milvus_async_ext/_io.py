@@ -289,12 +289,12 @@ class _Port:
 
     def deliver(self, future: asyncio.Future[Any], result: Any) -> None:
         """Set a future's result on the caller's loop; from the I/O thread."""
-        if self._loop() is self._io.loop:
+        loop = self.loop
+        if loop is self._io.loop:
             if not future.done():
                 future.set_result(result)
             return
         self._incoming.append((future, result))
-        loop = self._loop()
         if not self._woken and loop is not None:
             self._woken = True
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more

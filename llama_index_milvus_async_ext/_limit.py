@@ -60,7 +60,7 @@ class Limit:
         Returns:
             True if a slot was taken; False if `grant` will be called when it is.
         """
-        if self._waiters or self.in_flight >= min(self.current, ceiling):
+        if self._waiters or not self.free(ceiling):
             self._waiters.append((grant, ceiling))
             return False
         self._take()
@@ -68,7 +68,7 @@ class Limit:
 
     async def acquire(self, ceiling: int) -> None:
         """Wait for a slot ahead of all others: for a request that already had one and is sent again."""
-        if self.in_flight < min(self.current, ceiling):
+        if self.free(ceiling):
             self._take()
             return
         turn = asyncio.get_running_loop().create_future()
@@ -106,7 +106,7 @@ class Limit:
 
     def _serve(self) -> None:
         # Strictly in order, also past differing ceilings: nobody starves behind a greedier neighbour.
-        while self._waiters and self.in_flight < min(self.current, self._waiters[0][1]):
+        while self._waiters and self.free(self._waiters[0][1]):
             grant, _ = self._waiters.popleft()
             self._take()
             grant()

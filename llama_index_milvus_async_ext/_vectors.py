@@ -8,9 +8,6 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-_FLOAT32 = np.dtype("<f4")
 # Of struct's formats only the native one is quick: the others pack floats byte by byte.
 _BYTE_ORDER = "" if sys.byteorder == "little" else "<"
 
@@ -25,12 +22,20 @@ def pack(embedding: Sequence[float]) -> bytes:
         packed = _packer(len(embedding))(*embedding)
     except (struct.error, OverflowError, TypeError) as error:
         raise ValueError(f"does not fit float32 ({error})") from None
-    finite = np.isfinite(np.frombuffer(packed, _FLOAT32))
-    if np.count_nonzero(finite) != len(embedding):  # finite.all() takes longer
-        if all(map(math.isfinite, embedding)):
-            raise ValueError("does not fit float32 (a number is too large)")
-        raise ValueError("holds NaN or infinity")
+    # Infinity and NaN have all bits of the exponent set, seven of them in a number's last byte. So have numbers from
+    # 1.7e38 on: only then each is looked at.
+    last_bytes = packed[3::4]
+    if b"\x7f" in last_bytes or b"\xff" in last_bytes:
+        _check_finite(packed, embedding)
     return packed
+
+
+def _check_finite(packed: bytes, embedding: Sequence[float]) -> None:
+    if all(map(math.isfinite, struct.unpack(f"<{len(embedding)}f", packed))):
+        return
+    if all(map(math.isfinite, embedding)):
+        raise ValueError("does not fit float32 (a number is too large)")
+    raise ValueError("holds NaN or infinity")
 
 
 @functools.lru_cache(maxsize=64)

@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import grpc
 import orjson
-from pymilvus import AnnSearchRequest, DataType, MilvusClient
+from pymilvus import DataType, MilvusClient
 from pymilvus.client import entity_helper, ts_utils
 from pymilvus.client.prepare import Prepare
 from pymilvus.client.search_result import SearchResult
@@ -283,55 +283,37 @@ def search_request(group: SearchGroup, queries: Sequence[Any], session_timestamp
         session_timestamp: The last write of this process to the collection, for Session consistency.
         ranker: The ranker of a hybrid search.
     """
-    consistency: dict[str, Any] = {"guarantee_timestamp": session_timestamp or ts_utils.get_eventually_ts()}
-    partitions = list(group.partitions) if group.partitions is not None else None
+    common: dict[str, Any] = {
+        "partition_names": list(group.partitions) if group.partitions is not None else None,
+        "output_fields": list(group.output_fields),
+        "use_default_consistency": True,
+        "guarantee_timestamp": session_timestamp or ts_utils.get_eventually_ts(),
+    }
     if group.hybrid is None:
-        request = Prepare.search_requests_with_expr(
-            collection_name=group.collection,
-            data=_as_pymilvus_takes_them(queries),
-            anns_field=group.field_name,
-            param=orjson.loads(group.search_params),
-            limit=group.limit,
-            expr=group.expression,
-            partition_names=partitions,
-            output_fields=list(group.output_fields),
-            use_default_consistency=True,
-            **consistency,
-        )
-        _put_dense_vectors(request, queries)
-        return request
+        return _request_of_one_field(group, group.field_name, group.search_params, queries, common)
+    in_halves = common | {"output_fields": None}
+    dense, sparse = zip(*queries, strict=True)
     halves = [
-        (group.field_name, group.search_params, [dense for dense, _ in queries]),
-        (group.hybrid.field_name, group.hybrid.search_params, [sparse for _, sparse in queries]),
+        _request_of_one_field(group, group.field_name, group.search_params, dense, in_halves),
+        _request_of_one_field(group, group.hybrid.field_name, group.hybrid.search_params, sparse, in_halves),
     ]
-    requests = []
-    for field_name, params, vectors in halves:
-        taken = _as_pymilvus_takes_them(vectors)
-        half = AnnSearchRequest(taken, field_name, orjson.loads(params), group.limit, expr=group.expression)
-        request = Prepare.search_requests_with_expr(
-            collection_name=group.collection,
-            data=half.data,
-            anns_field=half.anns_field,
-            param=half.param,
-            limit=half.limit,
-            expr=half.expr,
-            partition_names=partitions,
-            expr_params=half.expr_params,
-            use_default_consistency=True,
-            **consistency,
-        )
-        _put_dense_vectors(request, vectors)
-        requests.append(request)
-    return Prepare.hybrid_search_request_with_ranker(
-        group.collection,
-        requests,
-        ranker,
-        group.limit,
-        partitions,
-        list(group.output_fields),
-        use_default_consistency=True,
-        **consistency,
+    return Prepare.hybrid_search_request_with_ranker(group.collection, halves, ranker, group.limit, **common)
+
+
+def _request_of_one_field(
+    group: SearchGroup, field_name: str, search_params: bytes, queries: Sequence[Any], common: dict[str, Any]
+) -> Any:
+    request = Prepare.search_requests_with_expr(
+        collection_name=group.collection,
+        data=_as_pymilvus_takes_them(queries),
+        anns_field=field_name,
+        param=orjson.loads(search_params),
+        limit=group.limit,
+        expr=group.expression,
+        **common,
     )
+    _put_dense_vectors(request, queries)
+    return request
 
 
 def _as_pymilvus_takes_them(queries: Sequence[Any]) -> list[Any]:
@@ -590,9 +572,11 @@ class Connection:
             entities = [row.entity for row in rows]
             await self.in_thread(call, collection, entities, timeout=timeout, partition_name=partition)
             return
-        request = [write_request(collection, partition, schema, rows, upsert)]
+        request = write_request(collection, partition, schema, rows, upsert)
         rows.clear()
-        answer = await self._call(method, request.pop(), timeout)
+        answered = self._call(method, request, timeout)
+        del request
+        answer = await answered
         self._check(answer.status, collection)
         ts_utils.update_collection_ts(collection, answer.timestamp, self.address, self._db_name)
 

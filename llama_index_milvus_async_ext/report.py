@@ -35,8 +35,9 @@ class WriteReport:
     Attributes:
         written: Ids that Milvus has acknowledged, in input order.
         failed: Nodes that are not stored by this write, in input order.
-        unknown: Nodes whose request may or may not have landed (its answer was lost, and no later attempt settled
-            it, or the write was cancelled), in input order. Writing them again with `upsert_mode=True` is safe.
+        unknown: Nodes whose request may or may not have landed (its answer was lost and no later attempt was
+            acknowledged, or the write was cancelled), in input order. To write them again is safe with
+            `upsert_mode=True`.
         retries: Requests that were sent again, after the first attempt, for any of these nodes.
         elapsed_seconds: Wall time of the write.
     """

@@ -263,7 +263,8 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         return self._live().async_client
 
     def _live(self) -> Connected:
-        connected = self._connected
+        # From pydantic's dict of private attributes, as to ask for `self._connected` costs a call over a microsecond.
+        connected: Connected | None = (self.__pydantic_private__ or {})["_connected"]
         assert connected is not None, "set at the end of __init__"
         if connected.closed:
             raise RuntimeError("this AsyncMilvusVectorStore is closed; make a new one")
@@ -335,14 +336,12 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
                 have Milvus seal what was written (Milvus rations this to once in ten seconds).
         """
         nodes = list(nodes)
-        sparse = None if self._sparse_encoder() is None else await self._asparse_of_nodes(nodes)
-        return await self._awrite(nodes, sparse, **add_kwargs)
+        return await self._awrite(nodes, await self._asparse_of_nodes(nodes), **add_kwargs)
 
     def write(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> WriteReport:
         """As `awrite`, blocking."""
         nodes = list(nodes)
-        sparse = self._sparse_of_nodes(nodes)
-        return IoThread.get().run(self._awrite(nodes, sparse, **add_kwargs))
+        return IoThread.get().run(self._awrite(nodes, self._sparse_of_nodes(nodes), **add_kwargs))
 
     async def async_add(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> list[str]:
         """Write nodes.
@@ -369,8 +368,7 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
 
     def start_write(self, nodes: list[BaseNode]) -> Future[WriteReport]:
         """Begin to write nodes, and return at once; the result is that of `write`."""
-        coroutine = self._awrite(nodes, self._sparse_of_nodes(nodes))
-        return IoThread.get().start(coroutine)
+        return IoThread.get().start(self._awrite(nodes, self._sparse_of_nodes(nodes)))
 
     async def _awrite(
         self,
@@ -383,12 +381,10 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         started = time.perf_counter()
         connected = self._live()
         with connected:
-            schema = connected.endpoint.connection.known_schema(self.collection_name)
-            if schema is None:
-                try:
-                    schema = await self._aschema()
-                except MilvusException as error:  # nothing can be sent: that, too, is an outcome of each node
-                    return self._report(nodes, Submission.failed(len(nodes), error), started)
+            try:
+                schema = await self._aschema(connected)
+            except MilvusException as error:  # nothing can be sent: that, too, is an outcome of each node
+                return self._report(nodes, Submission.failed(len(nodes), error), started)
             target = self._write_target(milvus_partition_name or "")
             lane = connected.endpoint.write_lane(target, schema, self._limits())
             values: list[Any] = nodes if sparse is None else list(zip(nodes, sparse, strict=True))
@@ -416,16 +412,15 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         )
 
     def _report(self, nodes: list[BaseNode], submission: Submission[Any], started: float) -> WriteReport:
-        report = WriteReport(retries=submission.retries, elapsed_seconds=time.perf_counter() - started)
-        if not submission.failures:
-            report.written.extend([node.node_id for node in nodes])
-        for index, node in enumerate(nodes if submission.failures else ()):
-            failure = submission.failures.get(index)
-            if failure is None:
-                report.written.append(node.node_id)
-            else:
-                failed = FailedNode(node, failure.error, failure.attempts, failure.retryable)
-                (report.unknown if failure.ambiguous else report.failed).append(failed)
+        failures = submission.failures
+        report = WriteReport(
+            written=[node.node_id for index, node in enumerate(nodes) if index not in failures],
+            retries=submission.retries,
+            elapsed_seconds=time.perf_counter() - started,
+        )
+        for index, failure in sorted(failures.items()):
+            failed = FailedNode(nodes[index], failure.error, failure.attempts, failure.retryable)
+            (report.unknown if failure.ambiguous else report.failed).append(failed)
         if _is_anyone_listening():
             dispatcher.event(
                 MilvusWriteEvent(
@@ -508,7 +503,7 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         encoder = self._sparse_encoder()
         if texts and encoder is not None:
             sparse |= zip(texts, await encoder.async_encode_queries(list(texts.values())), strict=True)
-        schema = connected.endpoint.connection.known_schema(self.collection_name) or await self._aschema()
+        schema = await self._aschema(connected)
         plans = self._plans(connected, schema, queries, sparse, kwargs)
         return self._results(plans, await self._ahits(connected, plans))
 
@@ -521,7 +516,9 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         encoder = self._sparse_encoder()
         if texts and encoder is not None:
             sparse |= zip(texts, encoder.encode_queries(list(texts.values())), strict=True)
-        schema = connected.endpoint.connection.known_schema(self.collection_name) or io.run(self._aschema())
+        schema = connected.endpoint.connection.known_schema(self.collection_name)
+        if schema is None:
+            schema = io.run(self._aschema(connected))
         plans = self._plans(connected, schema, queries, sparse, kwargs)
         return self._results(plans, io.run(self._ahits(connected, plans)))
 
@@ -710,9 +707,8 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
 
         return call
 
-    async def _aschema(self) -> Schema:
-        connection = self._live().endpoint.connection
-        known = connection.known_schema(self.collection_name)
+    async def _aschema(self, connected: Connected) -> Schema:
+        known = connected.endpoint.connection.known_schema(self.collection_name)
         if known is not None:
             return known
 

@@ -29,36 +29,47 @@ _DIM = 768
 class _Scale:
     """How much is run: everything, or a short look."""
 
-    rounds: int
     is_quick: bool
 
     def of(self, full: _T, quick: _T) -> _T:
         """The one of two values that belongs to this scale."""
         return quick if self.is_quick else full
 
+    @property
+    def rounds(self) -> int:
+        """Rounds of what takes its time, and varies little."""
+        return self.of(3, 1)
 
-_FULL = _Scale(rounds=3, is_quick=False)
-_QUICK = _Scale(rounds=1, is_quick=True)
-_FULL_ONLY = ("memory", "sizes")  # small sizes would say nothing
+    @property
+    def many_rounds(self) -> int:
+        """Rounds of what is over soon, and so varies much."""
+        return self.of(5, 1)
+
+
+_FULL_ONLY = ("embedding", "memory", "sizes")  # small sizes would say nothing
 
 
 _WORKLOADS: dict[str, Callable[[Backend, _Scale], Awaitable[Outcome]]] = {
     "adds": lambda backend, scale: adds.run(
-        backend, dim=_DIM, rounds=scale.rounds, is_quick=scale.is_quick, counts=scale.of((10, 100, 1_000), (1_000,))
+        backend,
+        dim=_DIM,
+        rounds=scale.many_rounds,
+        is_quick=scale.is_quick,
+        counts=scale.of((10, 100, 1_000), (1_000,)),
     ),
     "bulk": lambda backend, scale: bulk.run(
         backend,
         dim=_DIM,
-        rounds=scale.rounds,
+        rounds=scale.many_rounds,
         count=scale.of(10_000, 4_000),
         is_quick=scale.is_quick,
     ),
-    "searches": lambda backend, scale: searches.run(backend, dim=_DIM, rounds=scale.rounds, count=1_000),
+    "searches": lambda backend, scale: searches.run(backend, dim=_DIM, rounds=scale.many_rounds, count=1_000),
     "lite": lambda backend, scale: lite.run(
         dim=_DIM, rounds=scale.rounds, searches=scale.of(200, 100), adds=scale.of(1_000, 300)
     ),
     "embedding": lambda backend, scale: embedding.run(
-        backend, dim=_DIM, rounds=scale.rounds, count=scale.of(10_000, 2_000), is_quick=scale.is_quick
+        backend, dim=_DIM, rounds=scale.many_rounds, count=scale.of(10_000, 2_000), is_quick=scale.is_quick
     ),
     "memory": lambda backend, scale: memory.run(
         backend.uri, backend.token, dim=_DIM, rounds=scale.rounds, count=100_000
@@ -81,7 +92,7 @@ def main() -> int:
         report.update_readme(REPOSITORY / "README.md", json.loads(stored.read_text(encoding="utf-8")))
         return 0
     logging.disable(logging.WARNING)  # pymilvus and LlamaIndex
-    scale = _QUICK if given.quick else _FULL
+    scale = _Scale(is_quick=given.quick)
     with open_milvus(given.uri, given.token) as backend:
         results = asyncio.run(
             _run(
@@ -107,7 +118,6 @@ async def _run(
     results: dict[str, Any] = {
         "machine": machine,
         "is_quick": scale.is_quick,
-        "rounds": scale.rounds,
         "seconds": {},
         "figures": [],
         "series": {},

@@ -26,12 +26,12 @@ async def run(backend: Backend, *, dim: int, rounds: int, count: int, is_quick: 
     ceilings = await _best_ceilings(backend, dim, nodes, is_quick)
     await _check_same_rows(backend, dim, nodes)
     sides = {
-        "upstream, one call": _writing(backend, backend.upstream, dim, nodes, _one_call),
-        "upstream, batches behind a semaphore": _writing(
+        "upstream, one call": writing(backend, backend.upstream, dim, nodes, one_call),
+        "upstream, batches behind a semaphore": writing(
             backend, backend.upstream, dim, nodes, _behind_semaphore, batch_size=_ROWS_PER_CALL
         ),
-        "ours, one call": _writing(backend, backend.ours, dim, nodes, _one_call),
-        "ours, one call, upsert_mode=False": _writing(backend, backend.ours, dim, nodes, _one_call, upsert_mode=False),
+        "ours, one call": writing(backend, backend.ours, dim, nodes, one_call),
+        "ours, one call, upsert_mode=False": writing(backend, backend.ours, dim, nodes, one_call, upsert_mode=False),
     }
     timings = await alternate(sides | ceilings, rounds)
     ceiling = fastest({name: timings[name] for name in ceilings})
@@ -69,7 +69,7 @@ async def run(backend: Backend, *, dim: int, rounds: int, count: int, is_quick: 
     return Outcome(figures, series)
 
 
-async def _one_call(store: MilvusVectorStore, nodes: list[BaseNode]) -> None:
+async def one_call(store: MilvusVectorStore, nodes: list[BaseNode]) -> None:
     await store.async_add(nodes)
 
 
@@ -84,9 +84,11 @@ async def _behind_semaphore(store: MilvusVectorStore, nodes: list[BaseNode]) -> 
     await asyncio.gather(*(add(nodes[n : n + _ROWS_PER_CALL]) for n in range(0, len(nodes), _ROWS_PER_CALL)))
 
 
-def _writing(
+def writing(
     backend: Backend, open_store: Callable[..., Any], dim: int, nodes: list[BaseNode], write: Any, **options: Any
 ) -> Side:
+    """A side that writes the nodes through a store."""
+
     async def measure() -> Timing:
         async with open_store(dim, **options) as store:
             timing = await timed(lambda: write(store, nodes))
@@ -96,9 +98,11 @@ def _writing(
     return measure
 
 
-def _sending(
+def sending(
     backend: Backend, dim: int, nodes: list[BaseNode], rows: list[dict[str, Any]], in_flight: int, per_request: int
 ) -> Side:
+    """A side that sends ready-made requests with the rows of the nodes."""
+
     async def measure() -> Timing:
         # The collection is made by ours, so that all sides write to the same kind of collection.
         async with backend.ours(dim) as store:
@@ -116,7 +120,7 @@ async def _best_ceilings(backend: Backend, dim: int, nodes: list[BaseNode], is_q
     """The ways to send ready-made requests that did best in one try each."""
     rows = ready_made.upstream_rows(nodes)
     sides = {
-        f"ready-made, {in_flight} in flight, {per_request} rows each": _sending(
+        f"ready-made, {in_flight} in flight, {per_request} rows each": sending(
             backend, dim, nodes, rows, in_flight, per_request
         )
         for in_flight in _CEILING_IN_FLIGHT

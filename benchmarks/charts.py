@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 _PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:,.0f}")
-_OURS, _UPSTREAM, _CEILING = "#1f77b4", "#b0b0b0", "#2ca02c"
+_OURS, _UPSTREAM, _CEILING, _CPU = "#1f77b4", "#b0b0b0", "#2ca02c", "#ff7f0e"
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -104,8 +104,9 @@ def _latency(series: dict[str, Any], path: Path) -> Path:
 def _cost_per_row(series: dict[str, Any], path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
     for key, label, color in (
-        ("seconds_per_row", "wall time", _OURS),
-        ("cpu_seconds_per_row", "client CPU", _CEILING),
+        ("seconds_per_row", "ours, wall time", _OURS),
+        ("ready_made_seconds_per_row", "ready-made requests, wall time", _CEILING),
+        ("cpu_seconds_per_row", "ours, client CPU", _CPU),
     ):
         sizes = sorted(int(size) for size in series[key])
         costs = [[cost * 1e6 for cost in _at(series[key], size)] for size in sizes]

@@ -10,6 +10,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import psutil
+
+_QUIET_PERCENT = 15.0
+_QUIET_INTERVAL_SECONDS = 0.25
+_PATIENCE_SECONDS = 10.0
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -19,9 +25,21 @@ class Timing:
     cpu_seconds: float
 
 
+def wait_until_quiet() -> None:
+    """Wait, for ten seconds at the most, until this machine does next to nothing.
+
+    A server on the same machine goes on with what was written (it consumes its log, builds indexes, drops collections)
+    after it has answered; without the pause, one side would pay for the work of the side before it.
+    """
+    give_up_at = time.monotonic() + _PATIENCE_SECONDS
+    while psutil.cpu_percent(_QUIET_INTERVAL_SECONDS) > _QUIET_PERCENT and time.monotonic() < give_up_at:
+        pass
+
+
 async def timed(work: Callable[[], Awaitable[object]]) -> Timing:
-    """Run the work, after a garbage collection so that it does not pay for what came before."""
+    """Run the work, after a garbage collection and once the machine is quiet: it pays for nothing that came before."""
     gc.collect()
+    wait_until_quiet()
     cpu_before, before = time.process_time(), time.perf_counter()
     await work()
     return Timing(time.perf_counter() - before, time.process_time() - cpu_before)

@@ -42,10 +42,11 @@ def markdown(results: dict[str, Any]) -> str:
     """The table for the README."""
     machine = results["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    rounds = min(len(figure["rounds"]) for figure in results["figures"] if len(figure["rounds"]) > 1)
     lines = [
         f"Measured on {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}, with "
         f"Milvus {machine['milvus']} on the same machine, Python {machine['python']}, {packages}. Medians of "
-        f"{results['rounds']} rounds in which the sides take turns; spread: the lowest and the highest round."
+        f"{rounds} rounds or more in which the sides take turns; spread: the lowest and the highest round."
         + (" A quick run, with smaller sizes." if results["is_quick"] else ""),
         "",
         "| " + " | ".join((*_HEADINGS[:-1], "reached")) + " |",

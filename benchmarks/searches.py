@@ -10,7 +10,19 @@ from typing import Any
 from benchmarks import ready_made
 from benchmarks.backend import Backend, check_answers, queries_for
 from benchmarks.corpus import make_nodes
-from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, fastest, percentile, ratios, seconds, timed
+from benchmarks.measure import (
+    Figure,
+    Outcome,
+    Side,
+    Timing,
+    alternate,
+    fastest,
+    percentile,
+    ratios,
+    seconds,
+    timed,
+    wait_until_quiet,
+)
 
 STORED_ROWS = 2_000
 _CEILING_IN_FLIGHT = (2, 4, 8)
@@ -94,6 +106,7 @@ async def _idle(backend: Backend, dim: int, rounds: int) -> Figure:
             relative = []
             for _ in range(rounds):
                 latencies: dict[bool, list[float]] = {True: [], False: []}
+                wait_until_quiet()
                 for is_ours in (True, False) * 4:
                     store = ours if is_ours else upstream
                     for node, query in pairs:

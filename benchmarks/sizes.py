@@ -3,38 +3,71 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llama_index.core.schema import BaseNode
 
+from benchmarks import bulk, ready_made
 from benchmarks.backend import Backend
 from benchmarks.corpus import make_nodes
 from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, cpu_seconds, seconds, timed
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)
+_LARGEST_READY_MADE = 100_000  # requests made beforehand take memory
+_IN_FLIGHT, _ROWS_PER_REQUEST = 8, 500
+_ROWS_PER_ROUND = 10_000
 
 
 async def run(backend: Backend, *, dim: int, rounds: int, sizes: Sequence[int] = SIZES) -> Outcome:
-    """Write collections of several sizes; the figure is the dearest size's cost over the cheapest's."""
+    """Write collections of several sizes; a figure is the dearest size's cost over the cheapest's.
+
+    What the wall time of ready-made requests grows by is the server's own part.
+    """
     nodes = make_nodes(max(sizes), dim)
-    sides = {str(size): _writing(backend, dim, nodes[:size]) for size in sizes}
-    timings = await alternate(sides, rounds)
-    cpu = {size: [taken / size for taken in cpu_seconds(timings[str(size)])] for size in sizes}
-    wall = {size: [taken / size for taken in seconds(timings[str(size)])] for size in sizes}
+    rows = ready_made.upstream_rows(nodes[:_LARGEST_READY_MADE])
+    ours = {f"ours, {size}": _writing(backend, dim, nodes, size) for size in sizes}
+    ready = {
+        f"ready-made, {size}": bulk.sending(backend, dim, nodes[:size], rows[:size], _IN_FLIGHT, _ROWS_PER_REQUEST)
+        for size in sizes
+        if size <= _LARGEST_READY_MADE
+    }
+    timings = await alternate(ours | ready, rounds)
+
+    def costs(side: str, of: Callable[[Sequence[Timing]], list[float]]) -> dict[int, list[float]]:
+        return {
+            size: [taken / size for taken in of(timings[f"{side}, {size}"])]
+            for size in sizes
+            if f"{side}, {size}" in timings
+        }
+
+    cpu, wall, server = costs("ours", cpu_seconds), costs("ours", seconds), costs("ready-made", seconds)
     workload = f"cost per row, {min(sizes):,} to {max(sizes):,} rows"
+    itself = "itself, dearest over cheapest size"
     figures = [
-        Figure(f"{workload}, client CPU", "itself, dearest over cheapest size", 1.2, [_spread(cpu)], True),
-        Figure(f"{workload}, wall time", "itself, dearest over cheapest size", 1.2, [_spread(wall)], True),
+        Figure(f"{workload}, client CPU", itself, 1.2, [_spread(cpu)], True),
+        Figure(f"{workload}, wall time", itself, 1.2, [_spread(wall)], True),
+        Figure(
+            f"ready-made requests, {min(server):,} to {max(server):,} rows, wall time",
+            itself,
+            None,
+            [_spread(server)],
+            True,
+        ),
     ]
-    return Outcome(figures, {"cpu_seconds_per_row": cpu, "seconds_per_row": wall})
+    series = {"cpu_seconds_per_row": cpu, "seconds_per_row": wall, "ready_made_seconds_per_row": server}
+    return Outcome(figures, series)
 
 
-def _writing(backend: Backend, dim: int, nodes: list[BaseNode]) -> Side:
+def _writing(backend: Backend, dim: int, nodes: list[BaseNode], size: int) -> Side:
+    """Writes of one size; a small one several times over, as one alone would be over before it says much."""
+    repeats = max(_ROWS_PER_ROUND // size, 1)
+
     async def measure() -> Timing:
         async with backend.ours(dim) as store:
-            timing = await timed(lambda: store.async_add(nodes))
-            backend.check_stored(store.collection_name, nodes)
-        return timing
+            parts = [nodes[start : start + size] for start in range(0, repeats * size, size)]
+            taken = [await timed(lambda part=part: store.async_add(part)) for part in parts]  # type: ignore[misc]
+            backend.check_stored(store.collection_name, nodes[: repeats * size])
+        return Timing(statistics.mean(seconds(taken)), statistics.mean(cpu_seconds(taken)))
 
     return measure
 

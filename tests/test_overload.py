@@ -28,7 +28,7 @@ async def test_sixty_four_writers_use_the_whole_quota(tmp_path: Path, make_nodes
         node.text = "x" * 1_000
     with MilvusServer(tmp_path, extra_config={"quotaAndLimits": {"enabled": True, "dml": rates}}) as server:
         async with AsyncMilvusVectorStore(uri=server.uri, collection_name="quota", dim=DIM) as store:
-            schema = await store._aschema()
+            schema = _wire.Schema(store.client.describe_collection("quota"))
             encoder = RowEncoder(schema, text_key="text", doc_id_field="doc_id", embedding_field="embedding")
             sample = [encoder.encode(node)[0] for node in nodes[:100]]
             request = _wire.write_request("quota", "", schema, sample, upsert=True)

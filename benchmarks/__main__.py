@@ -71,8 +71,8 @@ _WORKLOADS: dict[str, Callable[[Backend, _Scale], Awaitable[Outcome]]] = {
     "embedding": lambda backend, scale: embedding.run(
         backend, dim=_DIM, rounds=scale.many_rounds, count=scale.of(10_000, 2_000), is_quick=scale.is_quick
     ),
-    "memory": lambda backend, scale: memory.run(
-        backend.uri, backend.token, dim=_DIM, rounds=scale.rounds, count=100_000
+    "memory": lambda backend, scale: asyncio.to_thread(
+        memory.run, backend.uri, backend.token, dim=_DIM, rounds=scale.rounds, count=100_000
     ),
     "sizes": lambda backend, scale: sizes.run(backend, dim=_DIM, rounds=scale.rounds),
     "latency": lambda backend, scale: latency.run(

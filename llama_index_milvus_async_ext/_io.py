@@ -57,6 +57,7 @@ class IoThread:
         self._recent_port: _Port | None = None
         self._blocked: set[threading.Thread] = set()  # threads that Python waits for, and that wait for this one
         self._ended = False
+        self._busy_callers = 0
         self.serves_in_process = False  # whether a Milvus Lite file is open
         self._thread = threading.Thread(target=self._run, name="milvus-io", daemon=True)
         self._thread.start()
@@ -69,6 +70,24 @@ class IoThread:
     def is_current(self) -> bool:
         """Whether the caller is the I/O thread itself."""
         return threading.get_ident() == self._thread.ident
+
+    # --- sharing Python's lock
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a caller has work of its own for Python, so that long work in the thread should make pauses."""
+        return self._busy_callers > 0
+
+    @contextlib.contextmanager
+    def taking_turns(self) -> Iterator[None]:
+        """For a caller that works on, embedding for instance, while the thread writes for it."""
+        with self._lock:
+            self._busy_callers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy_callers -= 1
 
     # --- to the thread
 

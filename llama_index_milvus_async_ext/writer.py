@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import time
 import uuid
@@ -18,6 +19,7 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index_instrumentation import get_dispatcher
 from tqdm import tqdm
 
+from llama_index_milvus_async_ext._io import IoThread
 from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
 
@@ -96,10 +98,11 @@ class AsyncMilvusWriter(TransformComponent):
         parts, pending = self._parts(nodes), []
         with self._bar(nodes) as bar:
             try:
-                for part in parts:
-                    part.embed_with(self._embed)
-                    pending.append(store.start_write(part.nodes))
-                    pending[-1].add_done_callback(part.counted_on(bar))
+                with self._taking_turns():
+                    for part in parts:
+                        part.embed_with(self._embed)
+                        pending.append(store.start_write(part.nodes))
+                        pending[-1].add_done_callback(part.counted_on(bar))
                 reports = [written.result() for written in pending]
             except BaseException:
                 for written in pending:
@@ -119,11 +122,12 @@ class AsyncMilvusWriter(TransformComponent):
         pending: list[asyncio.Task[WriteReport]] = []
         with self._bar(nodes) as bar:
             try:
-                for part in parts:
-                    await part.aembed_with(self._aembed)
-                    pending.append(asyncio.create_task(part.awrite(store)))
-                    pending[-1].add_done_callback(part.counted_on(bar))
-                    await _until_handed_over()
+                with self._taking_turns():
+                    for part in parts:
+                        await part.aembed_with(self._aembed)
+                        pending.append(asyncio.create_task(part.awrite(store)))
+                        pending[-1].add_done_callback(part.counted_on(bar))
+                        await _until_handed_over()
                 reports = await asyncio.gather(*pending)
             except BaseException:
                 for task in pending:
@@ -166,6 +170,9 @@ class AsyncMilvusWriter(TransformComponent):
     async def _aembed(self, texts: list[str]) -> list[list[float]]:
         assert self.embed_model is not None
         return await self.embed_model.aget_text_embedding_batch(texts)
+
+    def _taking_turns(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.embed_model is None else IoThread.get().taking_turns()
 
     def _bar(self, nodes: Sequence[BaseNode]) -> Any:
         what = "Embedding and writing" if self.embed_model is not None else "Writing"

@@ -162,8 +162,8 @@ class Lane(Generic[T, R]):
         max_in_flight: Batches of this lane under way at once, those that pause before another attempt included.
         ceiling: Requests in flight to the endpoint, of all lanes, above which this lane does not send.
         rpc_timeout_seconds: Bound on one attempt.
-        spread_above: Share what waits out evenly among the free slots, so that the endpoint begins on the first part
-            while the others are prepared; but leave requests of this many items whole. None: don't.
+        spread_above: Share what comes to an idle lane out evenly among the free slots, so that the endpoint begins on
+            the first part while the others are prepared; but leave requests of this many items whole. None: don't.
         abort_when_unwanted: Whether a request is aborted once all its callers gave up (right for reads; a write is
             left to end, because an aborted write may still be applied, after a later one of the same key).
         on_retry: Told of each pause before another attempt: the error, the attempt's number, the pause in seconds.
@@ -205,6 +205,7 @@ class Lane(Generic[T, R]):
         self._flights: set[_Flight[T]] = set()
         self._pump_scheduled = False
         self._waits_for_slot = False
+        self._spreads = False
         self._expiry: asyncio.TimerHandle | None = None
         self._idle_waiters: list[asyncio.Future[None]] = []
         self.requests = 0
@@ -296,12 +297,16 @@ class Lane(Generic[T, R]):
 
     def _pump(self) -> None:
         self._pump_scheduled = False
+        if not self._flights:
+            self._spreads = self._spread_above < self._max_items
         if self._ring and len(self._flights) < self._max_in_flight and not self._waits_for_slot:
             if self._limit.try_acquire(self._granted, self._ceiling):
                 self._start_batch()
                 self._schedule_pump()  # one batch a turn: it is sent before the next one is prepared
             else:
                 self._waits_for_slot = True
+        if not self._ring:  # what comes while the endpoint is at work fills requests, of which it manages more rows
+            self._spreads = False
 
     def _granted(self) -> None:
         self._waits_for_slot = False
@@ -353,7 +358,7 @@ class Lane(Generic[T, R]):
 
     def _batch_size(self) -> int:
         """How many items the batch that is taken now may have."""
-        if self._spread_above == self._max_items:
+        if not self._spreads:
             return self._max_items
         free_slots = min(self._max_in_flight - len(self._flights), self._limit.free(self._ceiling) + 1)  # and its own
         waiting = 0

@@ -168,51 +168,97 @@ class Schema:
         return next((f.get("params", {}) for f in self.described["fields"] if f["name"] == name), {})
 
 
-def write_request(collection: str, partition: str, schema: Schema, rows: Sequence[Row], upsert: bool) -> Any:
-    """Build an InsertRequest or UpsertRequest.
+def write_request(collection: str, partition: str, schema: Schema, rows: Sequence[Row], upsert: bool) -> bytes:
+    """Build an InsertRequest or UpsertRequest, in its serialised form.
 
-    The first rows of a schema are built both here and by pymilvus; only if the two are equal does the quick way
-    stay in use for it.
+    The first row of a schema is built both here and by pymilvus; only if the two are equal does the quick way stay in
+    use for it.
     """
     if schema.fast is None:
         sample = rows[:1]
         try:
-            ours = _columnar_request(collection, partition, schema, sample, upsert)
+            kind = milvus_pb2.UpsertRequest if upsert else milvus_pb2.InsertRequest
+            ours = kind.FromString(_columnar_request(collection, partition, schema, sample, upsert))
             schema.fast = bool(ours == _pymilvus_request(collection, partition, schema, sample, upsert))
         except Exception as error:  # whatever the reason, pymilvus's own way is there
             logger.debug("row encoder is not used for %r: %s", collection, error)
-            return _pymilvus_request(collection, partition, schema, rows, upsert)
-        if not schema.fast:
-            logger.debug("row encoder and pymilvus differ for %r: pymilvus is used", collection)
-    build = _columnar_request if schema.fast else _pymilvus_request
-    return build(collection, partition, schema, rows, upsert)
+            schema.fast = False
+        else:
+            if not schema.fast:
+                logger.debug("row encoder and pymilvus differ for %r: pymilvus is used", collection)
+    if schema.fast:
+        return _columnar_request(collection, partition, schema, rows, upsert)
+    serialised: bytes = _pymilvus_request(collection, partition, schema, rows, upsert).SerializeToString()
+    return serialised
 
 
-def _columnar_request(collection: str, partition: str, schema: Schema, rows: Sequence[Row], upsert: bool) -> Any:
+# Numbers of fields in Milvus's messages. Protobuf never changes them; where one were wrong, the comparison would show.
+_REQUEST_FIELDS_DATA = 5  # of InsertRequest and UpsertRequest
+_COLUMN_SCALARS, _COLUMN_VECTORS = 3, 4  # of FieldData
+_SCALARS_STRING, _SCALARS_JSON = 6, 9  # of ScalarField
+_VECTORS_FLOAT = 2  # of VectorField
+_ARRAY_DATA = 1  # of StringArray, JSONArray and FloatArray
+
+
+def _columnar_request(collection: str, partition: str, schema: Schema, rows: Sequence[Row], upsert: bool) -> bytes:
+    """The request, joined from the bytes of its rows, which are copied once.
+
+    In a protobuf message they would be copied into it, and again, more than once, when it is serialised.
+    """
     kind = milvus_pb2.UpsertRequest if upsert else milvus_pb2.InsertRequest
-    request = kind(
-        collection_name=collection,
-        partition_name=partition,
-        num_rows=len(rows),
-        schema_timestamp=schema.described.get("update_timestamp", 0),
-    )
+    chunks = [kind(collection_name=collection, partition_name=partition).SerializeToString()]
     for info in schema.fields:
         name, kind_of_field = info["name"], info["type"]
-        column = request.fields_data.add(field_name=name, type=int(kind_of_field))
+        column = schema_pb2.FieldData(field_name=name, type=int(kind_of_field))
         if kind_of_field == DataType.FLOAT_VECTOR:
             vectors = [row.vector for row in rows if row.vector is not None]
-            nbytes = sum(map(len, vectors))
-            column.vectors.dim = nbytes // (4 * len(rows))
-            column.vectors.float_vector.MergeFromString(b"".join([b"\x0a", _varint(nbytes), *vectors]))
-        elif kind_of_field == DataType.SPARSE_FLOAT_VECTOR:
-            for row in rows:
-                entity_helper.pack_field_value_to_field_data(row.columns[name], column, info, {})
+            dim = schema_pb2.VectorField(dim=sum(map(len, vectors)) // (4 * len(rows)))
+            floats = _field(_VECTORS_FLOAT, _field(_ARRAY_DATA, vectors))
+            values = _field(_COLUMN_VECTORS, [dim.SerializeToString(), *floats])
+        elif kind_of_field == DataType.VARCHAR:
+            texts = [row.columns[name].encode() for row in rows]
+            values = _field(_COLUMN_SCALARS, _field(_SCALARS_STRING, _repeated(texts)))
         else:
-            values = getattr(column.scalars, _SCALAR_ATTRIBUTES[kind_of_field]).data
-            values.extend([row.columns[name] for row in rows])
-    column = request.fields_data.add(field_name=DYNAMIC_FIELD, is_dynamic=True, type=int(DataType.JSON))
-    column.scalars.json_data.data.extend([row.dynamic for row in rows])
-    return request
+            values = []
+            if kind_of_field == DataType.SPARSE_FLOAT_VECTOR:
+                for row in rows:
+                    entity_helper.pack_field_value_to_field_data(row.columns[name], column, info, {})
+            else:
+                getattr(column.scalars, _SCALAR_ATTRIBUTES[kind_of_field]).data.extend(
+                    [row.columns[name] for row in rows]
+                )
+        chunks += _field(_REQUEST_FIELDS_DATA, [column.SerializeToString(), *values])
+    column = schema_pb2.FieldData(field_name=DYNAMIC_FIELD, type=int(DataType.JSON))
+    dynamic = _field(_COLUMN_SCALARS, _field(_SCALARS_JSON, _repeated([row.dynamic for row in rows])))
+    is_dynamic = schema_pb2.FieldData(is_dynamic=True).SerializeToString()
+    chunks += _field(_REQUEST_FIELDS_DATA, [column.SerializeToString(), *dynamic, is_dynamic])
+    count = kind(num_rows=len(rows), schema_timestamp=schema.described.get("update_timestamp", 0))
+    chunks.append(count.SerializeToString())
+    return b"".join(chunks)
+
+
+class _Prefixes(dict[int, bytes]):
+    """What stands before each value of an array, by the value's length: as many as there are lengths."""
+
+    def __missing__(self, length: int) -> bytes:
+        self[length] = prefix = _varint(_ARRAY_DATA << 3 | 2) + _varint(length)
+        return prefix
+
+
+_prefixes = _Prefixes()
+
+
+def _field(number: int, chunks: Sequence[bytes]) -> list[bytes]:
+    """A field that holds a message, or packed numbers: these chunks."""
+    return [_varint(number << 3 | 2), _varint(sum(map(len, chunks))), *chunks]
+
+
+def _repeated(values: Sequence[bytes]) -> list[bytes]:
+    """The field `data` of an array of strings or bytes."""
+    chunks = [b""] * (2 * len(values))
+    chunks[::2] = map(_prefixes.__getitem__, map(len, values))
+    chunks[1::2] = values
+    return chunks
 
 
 def _pymilvus_request(collection: str, partition: str, schema: Schema, rows: Sequence[Row], upsert: bool) -> Any:
@@ -566,15 +612,15 @@ class Connection:
             StatusFailure: Milvus rejected the request.
             RpcFailure: gRPC could not carry it, or its answer.
         """
-        method = "Upsert" if upsert else "Insert"
-        if self._stub() is None:
+        send = self._sender("Upsert" if upsert else "Insert")
+        if send is None:
             call = self.client.upsert if upsert else self.client.insert
             entities = [row.entity for row in rows]
             await self.in_thread(call, collection, entities, timeout=timeout, partition_name=partition)
             return
         request = write_request(collection, partition, schema, rows, upsert)
         rows.clear()
-        answered = self._call(method, request, timeout)
+        answered = self._call(send, request, timeout)
         del request
         answer = await answered
         self._check(answer.status, collection)
@@ -589,8 +635,8 @@ class Connection:
         """
         session = ts_utils.get_collection_ts(group.collection, self.address, self._db_name)
         request = search_request(group, queries, session, ranker)
-        method = "Search" if group.hybrid is None else "HybridSearch"
-        answer = await self._call(method, request, timeout)
+        stub: Any = self.client._handler._stub
+        answer = await self._call(stub.Search if group.hybrid is None else stub.HybridSearch, request, timeout)
         self._check(answer.status, group.collection)
         found = hits_of(answer.results, group.output_fields)
         # Milvus leaves the list of counts out when no query has a hit.
@@ -600,10 +646,19 @@ class Connection:
         """Close the connection."""
         self.client.close()
 
-    def _stub(self) -> Any:
-        return getattr(getattr(self.client, "_handler", None), "_stub", None)
+    def _sender(self, method: str) -> Any:
+        """What sends serialised requests for writes, by pymilvus's own channel; None if it can't be had."""
+        channel = getattr(getattr(self.client, "_handler", None), "_final_channel", None)
+        if channel is None:
+            return None
+        return channel.unary_unary(
+            f"/milvus.proto.milvus.MilvusService/{method}",
+            request_serializer=None,  # bytes are sent as they are
+            response_deserializer=milvus_pb2.MutationResult.FromString,
+        )
 
-    async def _call(self, method: str, request: Any, timeout: float) -> Any:
+    async def _call(self, method: Any, request: Any, timeout: float) -> Any:
+        """Make a call of gRPC's, and hand its answer to this loop."""
         metadata = [("dbname", self._db_name)] if self._db_name else None
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
@@ -627,7 +682,7 @@ class Connection:
                 loop.call_soon_threadsafe(deliver, call)
 
         try:
-            call = getattr(self._stub(), method).future(request, timeout=timeout, metadata=metadata)
+            call = method.future(request, timeout=timeout, metadata=metadata)
         except ValueError as error:  # a closed channel says so like this
             raise RpcFailure("UNAVAILABLE", str(error), sent=False) from None
         del request

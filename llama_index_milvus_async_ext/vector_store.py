@@ -120,7 +120,7 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
 
     upsert_mode: bool = Field(default=True, description="Whether rows replace earlier ones of the same id.")
     max_concurrency: int = Field(default=8, description="Requests in flight to the endpoint at the most.")
-    batch_size: int = Field(default=500, description="Rows in one request at the most.")
+    batch_size: int = Field(default=1_000, description="Rows in one request at the most.")
     max_batch_bytes: int = Field(default=8 << 20, description="Bytes of rows in one request at the most.")
     max_batch_queries: int = Field(default=500, description="Queries in one search request at the most.")
     rpc_timeout_seconds: float = Field(default=30.0, description="Bound on one attempt of one request, in seconds.")
@@ -148,7 +148,7 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         sparse_embedding_field: str = DEFAULT_SPARSE_EMBEDDING_KEY,
         sparse_embedding_function: Any = None,
         index_management: IndexManagement = IndexManagement.CREATE_IF_NOT_EXISTS,
-        batch_size: int = 500,
+        batch_size: int = 1_000,
         index_config: dict[str, Any] | None = None,
         sparse_index_config: dict[str, Any] | None = None,
         search_config: dict[str, Any] | None = None,

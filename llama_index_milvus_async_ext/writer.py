@@ -7,8 +7,10 @@ import contextlib
 import copy
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -20,13 +22,17 @@ from llama_index_instrumentation import get_dispatcher
 from tqdm import tqdm
 
 from llama_index_milvus_async_ext._io import IoThread
+from llama_index_milvus_async_ext._vectors import set_embedding
 from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
 
 dispatcher = get_dispatcher(__name__)
 
 _NODES_PER_PART = 2_000
-_EMBED_BATCHES_PER_PART = 4
+# Two parts of two batches are with the model at once: it begins on one while the other's outcome is dealt with.
+_PARTS_AT_ONCE = 2
+_EMBED_BATCHES_PER_PART = 2
+_TURNS = 3  # of the event loop: enough for a new task to begin, and for what it submits to cross to the I/O thread
 
 
 class AsyncMilvusWriter(TransformComponent):
@@ -95,20 +101,23 @@ class AsyncMilvusWriter(TransformComponent):
         """Write nodes, blocking; see the class."""
         started = time.perf_counter()
         store = self.vector_store
-        parts, pending = self._parts(nodes), []
+        handed_over = _HandedOver(self._least_nodes())
+        pending: list[Future[WriteReport]] = []
         with self._bar(nodes) as bar:
             try:
                 with self._taking_turns():
-                    for part in parts:
+                    for part in self._parts(nodes):
                         part.embed_with(self._embed)
-                        pending.append(store.start_write(part.nodes))
-                        pending[-1].add_done_callback(part.counted_on(bar))
+                        ready = handed_over.ready_after(part, all(written.done() for written in reversed(pending)))
+                        if ready is not None:
+                            pending.append(store.start_write(ready.nodes))
+                            pending[-1].add_done_callback(ready.counted_on(bar))
                 reports = [written.result() for written in pending]
             except BaseException:
                 for written in pending:
                     written.cancel()
                 raise
-        return self._finish(nodes, parts, reports, started)
+        return self._finish(nodes, handed_over.parts, reports, started)
 
     @dispatcher.span
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
@@ -118,28 +127,51 @@ class AsyncMilvusWriter(TransformComponent):
         """
         started = time.perf_counter()
         store = self.vector_store
-        parts = self._parts(nodes)
+        handed_over = _HandedOver(self._least_nodes())
         pending: list[asyncio.Task[WriteReport]] = []
         with self._bar(nodes) as bar:
             try:
                 with self._taking_turns():
-                    for part in parts:
-                        await part.aembed_with(self._aembed)
-                        pending.append(asyncio.create_task(part.awrite(store)))
-                        pending[-1].add_done_callback(part.counted_on(bar))
-                        await _until_handed_over()
+                    async with contextlib.aclosing(self._aembedded(self._parts(nodes))) as embedded:
+                        async for part in embedded:
+                            ready = handed_over.ready_after(part, all(task.done() for task in reversed(pending)))
+                            if ready is not None:
+                                pending.append(asyncio.create_task(ready.awrite(store)))
+                                pending[-1].add_done_callback(ready.counted_on(bar))
+                                await _turns()  # before an embedding model may block this loop
                 reports = await asyncio.gather(*pending)
             except BaseException:
                 for task in pending:
                     task.cancel()
                 await asyncio.gather(*pending, return_exceptions=True)
-                known = [part.report for part in parts if part.report is not None]
+                known = [part.report for part in handed_over.parts if part.report is not None]
                 self._last_report = WriteReport.merged(known, time.perf_counter() - started)
                 raise
-        return self._finish(nodes, parts, reports, started)
+        return self._finish(nodes, handed_over.parts, reports, started)
+
+    async def _aembedded(self, parts: list[_Part]) -> AsyncGenerator[_Part, None]:
+        """The parts in their order, each once it is embedded; the next one is with the model by then."""
+        at_once = 1 if self.embed_model is None or self.embed_model.num_workers else _PARTS_AT_ONCE
+        waiting = deque(parts)
+        embedding: deque[tuple[_Part, asyncio.Task[None]]] = deque()
+        try:
+            while waiting or embedding:
+                while waiting and len(embedding) < at_once:
+                    part = waiting.popleft()
+                    embedding.append((part, asyncio.create_task(part.aembed_with(self._aembed))))
+                    await _turns()
+                    if embedding[0][1].done():  # the model blocks the loop: first hand over what it has embedded
+                        break
+                part, task = embedding.popleft()
+                await task
+                yield part
+        finally:
+            for _, task in embedding:
+                task.cancel()
+            await asyncio.gather(*(task for _, task in embedding), return_exceptions=True)
 
     def _finish(
-        self, nodes: Sequence[BaseNode], parts: list[_Part], reports: Sequence[WriteReport], started: float
+        self, nodes: Sequence[BaseNode], parts: Sequence[_Part], reports: Sequence[WriteReport], started: float
     ) -> Sequence[BaseNode]:
         reports = [part.explained(report) for part, report in zip(parts, reports, strict=True)]
         report = self._last_report = WriteReport.merged(reports, time.perf_counter() - started)
@@ -161,7 +193,12 @@ class AsyncMilvusWriter(TransformComponent):
             parts[-1].nodes.append(node)
             if node.embedding is None:
                 parts[-1].missing.append(node)
+        parts[-1].is_last = True
         return parts
+
+    def _least_nodes(self) -> int:
+        """Nodes that are worth a request of their own while others are under way."""
+        return 1 if self.embed_model is None else self.vector_store.batch_size
 
     def _embed(self, texts: list[str]) -> list[list[float]]:
         assert self.embed_model is not None
@@ -206,12 +243,18 @@ class AsyncMilvusWriter(TransformComponent):
 
 @dataclass
 class _Part:
-    """Nodes that are embedded and written together."""
+    """Nodes that are embedded together, or written together."""
 
     nodes: list[BaseNode]
     missing: list[BaseNode]  # those that have no embedding yet
-    error: Exception | None = None
+    errors: dict[int, Exception] = field(default_factory=dict)  # of the embedding model, by the id() of the node
+    is_last: bool = False
     report: WriteReport | None = None
+
+    def join(self, other: _Part) -> None:
+        """Take another part in, to be written with this one."""
+        self.nodes += other.nodes
+        self.errors |= other.errors
 
     async def awrite(self, store: AsyncMilvusVectorStore) -> WriteReport:
         """Write the part; the report is kept if the call is cancelled, too."""
@@ -228,7 +271,7 @@ class _Part:
             try:
                 self._set(embed(self._texts()))
             except Exception as error:
-                self.error = error
+                self._keep(error)
 
     async def aembed_with(self, embed: Callable[[list[str]], Awaitable[list[list[float]]]]) -> None:
         """As `embed_with`."""
@@ -236,7 +279,7 @@ class _Part:
             try:
                 self._set(await embed(self._texts()))
             except Exception as error:
-                self.error = error
+                self._keep(error)
 
     def counted_on(self, bar: Any) -> Callable[[object], None]:
         """A callback that moves a progress bar on by this part."""
@@ -244,11 +287,10 @@ class _Part:
 
     def explained(self, report: WriteReport) -> WriteReport:
         """The report, with the embedding model's error where the store could only say that there is no embedding."""
-        if self.error is None:
+        if not self.errors:
             return report
-        missing = {id(node) for node in self.missing}
         failed = [
-            FailedNode(f.node, self.error, 0, True) if id(f.node) in missing and f.attempts == 0 else f
+            FailedNode(f.node, self.errors[id(f.node)], 0, True) if id(f.node) in self.errors and not f.attempts else f
             for f in report.failed
         ]
         return replace(report, failed=failed)
@@ -258,10 +300,37 @@ class _Part:
 
     def _set(self, embeddings: list[list[float]]) -> None:
         for node, embedding in zip(self.missing, embeddings, strict=True):
-            node.embedding = embedding
+            set_embedding(node, embedding)
+
+    def _keep(self, error: Exception) -> None:
+        self.errors = dict.fromkeys(map(id, self.missing), error)
 
 
-async def _until_handed_over() -> None:
-    """Let a new task begin and its nodes cross to the I/O thread, before an embedding model may block this loop."""
-    for _ in range(3):
+class _HandedOver:
+    """What a call has handed to the store, part by part.
+
+    Embedded parts are small, so that writing begins early. While the server is busy with earlier ones, they are
+    gathered until they fill a request: of small ones a server manages fewer rows a second.
+    """
+
+    def __init__(self, least_nodes: int) -> None:
+        self.parts: list[_Part] = []
+        self._least_nodes = least_nodes
+        self._gathered: _Part | None = None
+
+    def ready_after(self, part: _Part, is_idle: bool) -> _Part | None:
+        """What is to be handed over now that a part is embedded: it and those before it, or nothing yet."""
+        if self._gathered is None:
+            self._gathered = part
+        else:
+            self._gathered.join(part)
+        if not (is_idle or part.is_last or len(self._gathered.nodes) >= self._least_nodes):
+            return None
+        ready, self._gathered = self._gathered, None
+        self.parts.append(ready)
+        return ready
+
+
+async def _turns() -> None:
+    for _ in range(_TURNS):
         await asyncio.sleep(0)

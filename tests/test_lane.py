@@ -146,6 +146,23 @@ def test_what_waits_is_spread_over_the_free_slots() -> None:
     run(scenario())
 
 
+def test_what_comes_while_the_endpoint_is_at_work_is_not_spread() -> None:
+    async def scenario() -> None:
+        server = Server()
+        lane = make_lane(server, spread_above=3)
+
+        async def later(seconds: float) -> None:
+            await asyncio.sleep(seconds)
+            await outcome(lane, [Item(n) for n in range(8)])
+
+        await asyncio.gather(outcome(lane, [Item(0)]), later(0.5))
+        assert [len(batch) for batch in server.batches] == [1, 8]
+        await outcome(lane, [Item(n) for n in range(8)])
+        assert [len(batch) for batch in server.batches[2:]] == [3, 3, 2], "it is again, once it has nothing to do"
+
+    run(scenario())
+
+
 def test_batches_keep_to_items_and_bytes() -> None:
     async def scenario() -> None:
         server = Server()

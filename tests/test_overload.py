@@ -32,7 +32,7 @@ async def test_sixty_four_writers_use_the_whole_quota(tmp_path: Path, make_nodes
             encoder = RowEncoder(schema, text_key="text", doc_id_field="doc_id", embedding_field="embedding")
             sample = [encoder.encode(node)[0] for node in nodes[:100]]
             request = _wire.write_request("quota", "", schema, sample, upsert=True)
-            mebibytes = request.ByteSize() / 100 * len(nodes) / 2**20
+            mebibytes = len(request) / 100 * len(nodes) / 2**20
             samples: list[int] = []
 
             async def watch() -> None:

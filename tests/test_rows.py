@@ -26,6 +26,7 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus import CollectionSchema, DataType, FieldSchema
 from pymilvus.client.blob import vector_float_to_bytes
 from pymilvus.client.prepare import Prepare
+from pymilvus.grpc_gen import milvus_pb2
 
 from llama_index_milvus_async_ext import _node_json, _search, _vectors, _wire
 from llama_index_milvus_async_ext._rows import MAX_DYNAMIC_BYTES, RowEncoder
@@ -109,8 +110,8 @@ def test_requests_equal_those_of_upstream_and_pymilvus(batch: list[BaseNode], up
         "c", partition, schema, [_wire.Row(entity, b"", None) for entity in theirs], upsert
     )
     request = _wire._columnar_request("c", partition, schema, ours, upsert)
-    assert request == reference
-    assert request.SerializeToString(deterministic=True) == reference.SerializeToString(deterministic=True)
+    assert type(reference).FromString(request) == reference
+    assert request == reference.SerializeToString(deterministic=True)
 
 
 @settings(max_examples=200, deadline=None)
@@ -158,7 +159,7 @@ def test_scalar_and_sparse_columns_are_encoded_as_pymilvus_does(batch: list[Base
     rows = [encoder(schema, sparse_field="sparse").encode(node, sparse)[0] for node in batch]
     request = _wire.write_request("c", "", schema, rows, upsert=True)
     assert schema.fast, "the quick way is taken"
-    assert request == _wire._pymilvus_request("c", "", schema, rows, True)
+    assert milvus_pb2.UpsertRequest.FromString(request) == _wire._pymilvus_request("c", "", schema, rows, True)
 
 
 def test_a_schema_that_the_encoder_does_not_know_goes_through_pymilvus() -> None:
@@ -166,7 +167,8 @@ def test_a_schema_that_the_encoder_does_not_know_goes_through_pymilvus() -> None
     schema = Schema(nullable)
     assert schema.fast is False
     row, _ = encoder(schema).encode(a_node())
-    assert _wire.write_request("c", "", schema, [row], True).num_rows == 1
+    request = _wire.write_request("c", "", schema, [row], True)
+    assert milvus_pb2.UpsertRequest.FromString(request) == _wire._pymilvus_request("c", "", schema, [row], True)
 
 
 def test_an_encoder_that_differs_from_pymilvus_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +177,7 @@ def test_an_encoder_that_differs_from_pymilvus_is_not_used(monkeypatch: pytest.M
     row, _ = encoder(schema).encode(a_node())
     request = _wire.write_request("c", "", schema, [row], True)
     assert schema.fast is False
-    assert request == _wire._pymilvus_request("c", "", schema, [row], True)
+    assert request == _wire._pymilvus_request("c", "", schema, [row], True).SerializeToString()
 
 
 def a_node(**changes: Any) -> TextNode:
@@ -227,6 +229,27 @@ def test_vectors_are_packed_as_pymilvus_packs_them_or_refused(vector: list[float
         problem = "does not fit float32" if np.isfinite(vector).all() else "NaN or infinity"
         with pytest.raises(ValueError, match=problem):
             _vectors.pack(vector)
+
+
+@given(
+    st.sampled_from([TextNode, Document, ImageNode, Node]),
+    st.lists(st.floats(allow_nan=False), max_size=5),
+    st.sampled_from([list, tuple, np.array]),
+)
+def test_a_node_is_given_its_embedding_as_by_assignment(kind: Any, numbers: list[float], of: Any) -> None:
+    assigned, given_ = kind(id_="n"), kind(id_="n")
+    embedding = of(numbers)
+    try:
+        assigned.embedding = embedding
+    except ValueError:
+        with pytest.raises(ValueError):
+            _vectors.set_embedding(given_, embedding)
+        return
+    _vectors.set_embedding(given_, embedding)
+    assert given_.embedding == assigned.embedding
+    assert given_.embedding is not embedding, "the node's own"
+    assert given_.model_fields_set == assigned.model_fields_set
+    assert given_.model_dump() == assigned.model_dump()
 
 
 vectors = st.lists(

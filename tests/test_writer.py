@@ -19,6 +19,7 @@ from llama_index_instrumentation.event_handlers import BaseEventHandler
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, WriteError
 from llama_index_milvus_async_ext.events import MilvusWriteEvent
+from llama_index_milvus_async_ext.writer import _HandedOver, _Part
 from tests.conftest import Backend, MakeNodes
 from tests.corpus import documents
 from tests.embedding import HashEmbedding
@@ -103,6 +104,77 @@ def test_embedding_overlaps_writing_and_keeps_order(
     assert stored(store, nodes) == {node.node_id for node in nodes}
     assert store.statistics().requests - before >= 3, "writing began before the embedding was done"
     assert writer.last_report is not None and len(writer.last_report.written) == 200
+
+
+@pytest.mark.parametrize(("num_workers", "peak"), [(None, 4), (1, 1), (3, 3)])
+async def test_a_model_that_gives_way_has_always_work_but_never_too_much(
+    store: AsyncMilvusVectorStore, make_nodes: MakeNodes, num_workers: int | None, peak: int
+) -> None:
+    now, most, idle_moments = 0, 0, 0
+
+    class Counting(HashEmbedding):
+        async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+            nonlocal now, most, idle_moments
+            idle_moments += now == 0
+            now += 1
+            most = max(most, now)
+            await asyncio.sleep(0.01 + 0.01 * (len(self.batch_sizes) % 2))
+            now -= 1
+            return self._embed(texts)
+
+    nodes = make_nodes(120, dim=DIM)
+    for node in nodes:
+        node.embedding = None
+    model = Counting(dim=DIM, embed_batch_size=10, num_workers=num_workers)
+    writer = AsyncMilvusWriter(vector_store=store, embed_model=model)
+    assert await writer.acall(nodes) == nodes
+    assert stored(store, nodes) == {node.node_id for node in nodes}
+    assert most == peak
+    if num_workers is None:
+        assert idle_moments == 1, "the next part is with the model before the one before it is done"
+
+
+async def test_a_write_that_is_cancelled_while_it_embeds_leaves_nothing_running(
+    store: AsyncMilvusVectorStore, make_nodes: MakeNodes
+) -> None:
+    nodes = make_nodes(100, dim=DIM)
+    for node in nodes:
+        node.embedding = None
+    model = HashEmbedding(dim=DIM, embed_batch_size=10, seconds_per_text=0.02, blocking=False)
+    writer = AsyncMilvusWriter(vector_store=store, embed_model=model)
+    writing = asyncio.create_task(writer.acall(nodes))
+    await asyncio.sleep(0.3)
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    report = writer.last_report
+    assert report is not None
+    reported = [*report.written, *(f.node.node_id for f in (*report.failed, *report.unknown))]
+    assert reported == [node.node_id for node in nodes[: len(reported)]]
+    assert set(report.written) <= stored(store, nodes)
+
+
+def test_small_parts_are_gathered_while_others_are_being_written() -> None:
+    handed_over = _HandedOver(least_nodes=5)
+    numbers = iter(range(100))
+
+    def part(size: int, is_last: bool = False) -> _Part:
+        return _Part([TextNode(id_=str(next(numbers))) for _ in range(size)], [], is_last=is_last)
+
+    def ready(size: int, is_idle: bool, is_last: bool = False) -> list[str]:
+        found = handed_over.ready_after(part(size, is_last), is_idle)
+        return [node.node_id for node in found.nodes] if found is not None else []
+
+    assert ready(2, is_idle=True) == ["0", "1"], "nothing is under way: at once"
+    assert ready(2, is_idle=False) == []
+    assert ready(2, is_idle=False) == []
+    assert ready(2, is_idle=False) == ["2", "3", "4", "5", "6", "7"], "enough for a request"
+    assert ready(1, is_idle=False) == []
+    assert ready(1, is_idle=True) == ["8", "9"]
+    assert ready(1, is_idle=False) == []
+    assert ready(1, is_idle=False, is_last=True) == ["10", "11"]
+    assert [len(part.nodes) for part in handed_over.parts] == [2, 6, 2, 2]
 
 
 @pytest.mark.parametrize("is_async", [False, True])

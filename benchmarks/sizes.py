@@ -14,8 +14,8 @@ from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, cpu_sec
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)
 _LARGEST_READY_MADE = 100_000  # requests made beforehand take memory
-_IN_FLIGHT, _ROWS_PER_REQUEST = 8, 500
-_ROWS_PER_ROUND = 10_000
+_IN_FLIGHT, _ROWS_PER_REQUEST = 8, 1_000
+_ROWS_PER_ROUND = 20_000
 
 
 async def run(backend: Backend, *, dim: int, rounds: int, sizes: Sequence[int] = SIZES) -> Outcome:
@@ -67,7 +67,7 @@ def _writing(backend: Backend, dim: int, nodes: list[BaseNode], size: int) -> Si
             parts = [nodes[start : start + size] for start in range(0, repeats * size, size)]
             taken = [await timed(lambda part=part: store.async_add(part)) for part in parts]  # type: ignore[misc]
             backend.check_stored(store.collection_name, nodes[: repeats * size])
-        return Timing(statistics.mean(seconds(taken)), statistics.mean(cpu_seconds(taken)))
+        return Timing(statistics.median(seconds(taken)), statistics.median(cpu_seconds(taken)))
 
     return measure
 

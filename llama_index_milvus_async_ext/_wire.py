@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import grpc
 import orjson
-from pymilvus import DataType, MilvusClient
+from pymilvus import AnnSearchRequest, DataType, MilvusClient
 from pymilvus.client import entity_helper, ts_utils
 from pymilvus.client.prepare import Prepare
 from pymilvus.client.search_result import SearchResult
@@ -351,7 +351,8 @@ def _request_of_one_field(
 ) -> Any:
     request = Prepare.search_requests_with_expr(
         collection_name=group.collection,
-        data=_as_pymilvus_takes_them(queries),
+        # Of packed vectors one, in the place of all: pymilvus would pack each anew.
+        data=_as_pymilvus_takes_them(queries[:1] if isinstance(queries[0], bytes) else queries),
         anns_field=field_name,
         param=orjson.loads(search_params),
         limit=group.limit,
@@ -363,14 +364,14 @@ def _request_of_one_field(
 
 
 def _as_pymilvus_takes_them(queries: Sequence[Any]) -> list[Any]:
-    """The queries; of packed vectors one only, as a list of numbers, in the place of all."""
+    """The queries, packed vectors as lists of numbers."""
     if isinstance(queries[0], bytes):
-        return [list(struct.unpack(f"<{len(queries[0]) // 4}f", queries[0]))]
+        return [list(struct.unpack(f"<{len(query) // 4}f", query)) for query in queries]
     return list(queries)
 
 
 def _put_dense_vectors(request: Any, queries: Sequence[Any]) -> None:
-    """Put packed vectors into a request; pymilvus would pack each anew, from numbers."""
+    """Put packed vectors into a request as they are."""
     if isinstance(queries[0], bytes):
         vectors = common_pb2.PlaceholderValue(tag="$0", type=common_pb2.PlaceholderType.FloatVector, values=queries)
         request.nq = len(queries)
@@ -386,10 +387,7 @@ def hits_of(results: Any, wanted: Sequence[str]) -> list[Hits]:
     """
     quick = _quick_columns(results, wanted)
     if quick is None:
-        return [
-            Hits(list(hits.ids), list(hits.distances), [hit["entity"] for hit in hits])
-            for hits in SearchResult(results)
-        ]
+        return _hits_of_pymilvus(SearchResult(results))
     ids = list(results.ids.str_id.data)
     scores = list(results.scores)
     found = []
@@ -402,6 +400,10 @@ def hits_of(results: Any, wanted: Sequence[str]) -> list[Hits]:
         found.append(Hits(ids[start:end], scores[start:end], entities))
         start = end
     return found
+
+
+def _hits_of_pymilvus(found: SearchResult) -> list[Hits]:
+    return [Hits(list(hits.ids), list(hits.distances), [hit["entity"] for hit in hits]) for hits in found]
 
 
 def _quick_columns(results: Any, wanted: Sequence[str]) -> tuple[dict[str, list[str]], list[bytes]] | None:
@@ -633,18 +635,52 @@ class Connection:
             StatusFailure: Milvus rejected the request.
             RpcFailure: gRPC could not carry it, or its answer.
         """
-        session = ts_utils.get_collection_ts(group.collection, self.address, self._db_name)
-        request = search_request(group, queries, session, ranker)
-        stub: Any = self.client._handler._stub
-        answer = await self._call(stub.Search if group.hybrid is None else stub.HybridSearch, request, timeout)
-        self._check(answer.status, group.collection)
-        found = hits_of(answer.results, group.output_fields)
+        send = self._searcher("Search" if group.hybrid is None else "HybridSearch")
+        if send is None:
+            found = await self._search_by_public_client(group, queries, ranker, timeout)
+        else:
+            session = ts_utils.get_collection_ts(group.collection, self.address, self._db_name)
+            answer = await self._call(send, search_request(group, queries, session, ranker), timeout)
+            self._check(answer.status, group.collection)
+            found = hits_of(answer.results, group.output_fields)
         # Milvus leaves the list of counts out when no query has a hit.
         return found if found else [Hits([], [], []) for _ in queries]
+
+    async def _search_by_public_client(
+        self, group: SearchGroup, queries: Sequence[Any], ranker: Any, timeout: float
+    ) -> list[Hits]:
+        common: dict[str, Any] = {
+            "collection_name": group.collection,
+            "limit": group.limit,
+            "output_fields": list(group.output_fields),
+            "partition_names": list(group.partitions) if group.partitions is not None else None,
+            "timeout": timeout,
+        }
+        if group.hybrid is None:
+            one_field = {
+                "data": _as_pymilvus_takes_them(queries),
+                "anns_field": group.field_name,
+                "search_params": orjson.loads(group.search_params),
+                "filter": group.expression,
+            }
+            return _hits_of_pymilvus(await self.in_thread(self.client.search, **one_field, **common))
+        dense, sparse = zip(*queries, strict=True)
+        halves = [
+            AnnSearchRequest(_as_pymilvus_takes_them(data), name, orjson.loads(params), group.limit, group.expression)
+            for data, name, params in (
+                (dense, group.field_name, group.search_params),
+                (sparse, group.hybrid.field_name, group.hybrid.search_params),
+            )
+        ]
+        return _hits_of_pymilvus(await self.in_thread(self.client.hybrid_search, reqs=halves, ranker=ranker, **common))
 
     def close(self) -> None:
         """Close the connection."""
         self.client.close()
+
+    def _searcher(self, method: str) -> Any:
+        """What sends search requests: the method of pymilvus's stub; None if it can't be had."""
+        return getattr(getattr(getattr(self.client, "_handler", None), "_stub", None), method, None)
 
     def _sender(self, method: str) -> Any:
         """What sends serialised requests for writes, by pymilvus's own channel; None if it can't be had."""

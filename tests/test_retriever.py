@@ -19,6 +19,7 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index.vector_stores.milvus.utils import BaseSparseEmbeddingFunction, BM25BuiltInFunction
 
 from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore
+from llama_index_milvus_async_ext._wire import Connection
 from tests.conftest import Backend
 from tests.corpus import documents, stdlib_nodes
 from tests.embedding import HashEmbedding
@@ -39,6 +40,14 @@ QUESTIONS = [
 def no_llm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Query engines ask for one even where they only return sources."""
     monkeypatch.setattr(Settings, "_llm", MockLLM())
+
+
+@pytest.fixture(params=["pymilvus's internals", "the public client"])
+def way_to_milvus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests as they are sent, and as they would be with a pymilvus whose insides are others."""
+    if request.param == "the public client":
+        monkeypatch.setattr(Connection, "_searcher", lambda *_: None)
+        monkeypatch.setattr(Connection, "_sender", lambda *_: None)
 
 
 @pytest.fixture
@@ -76,6 +85,7 @@ def same(ours: list[NodeWithScore], theirs: list[NodeWithScore]) -> None:
     assert [n.score for n in ours] == pytest.approx([n.score for n in theirs], rel=1e-5)
 
 
+@pytest.mark.usefixtures("way_to_milvus")
 @pytest.mark.parametrize("mode", ["default", "mmr"])
 def test_answers_equal_upstreams_sync_async_and_many(
     store: AsyncMilvusVectorStore, upstream: VectorStoreIndex, mode: str
@@ -184,6 +194,7 @@ def hybrid(request: pytest.FixtureRequest, lite_uri: str, collection_name: str, 
         yield store, MilvusVectorStore(**options, use_async_client=False)
 
 
+@pytest.mark.usefixtures("way_to_milvus")
 @pytest.mark.parametrize("mode", ["sparse", "text_search", "hybrid", "default"])
 @pytest.mark.parametrize("ranker", [("RRFRanker", {}), ("WeightedRanker", {"weights": [0.3, 0.7]})])
 async def test_sparse_and_hybrid_answers_equal_upstreams(hybrid: Any, mode: str, ranker: Any) -> None:

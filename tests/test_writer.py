@@ -111,21 +111,23 @@ async def test_a_model_that_gives_way_has_always_work_but_never_too_much(
     store: AsyncMilvusVectorStore, make_nodes: MakeNodes, num_workers: int | None, peak: int
 ) -> None:
     now, most, idle_moments = 0, 0, 0
+    turn = asyncio.Lock()
 
-    class Counting(HashEmbedding):
+    class OneAfterTheOther(HashEmbedding):
         async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
             nonlocal now, most, idle_moments
             idle_moments += now == 0
             now += 1
             most = max(most, now)
-            await asyncio.sleep(0.01 + 0.01 * (len(self.batch_sizes) % 2))
+            async with turn:
+                await asyncio.sleep(0.01)
             now -= 1
             return self._embed(texts)
 
     nodes = make_nodes(120, dim=DIM)
     for node in nodes:
         node.embedding = None
-    model = Counting(dim=DIM, embed_batch_size=10, num_workers=num_workers)
+    model = OneAfterTheOther(dim=DIM, embed_batch_size=10, num_workers=num_workers)
     writer = AsyncMilvusWriter(vector_store=store, embed_model=model)
     assert await writer.acall(nodes) == nodes
     assert stored(store, nodes) == {node.node_id for node in nodes}

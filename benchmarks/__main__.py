@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,7 +49,7 @@ class _Scale:
 _FULL_ONLY = ("embedding", "memory", "sizes")  # small sizes would say nothing
 
 
-_WORKLOADS: dict[str, Callable[[Backend, _Scale], Awaitable[Outcome]]] = {
+_WORKLOADS: dict[str, Callable[[Backend, _Scale], Coroutine[Any, Any, Outcome]]] = {
     "adds": lambda backend, scale: adds.run(
         backend,
         dim=_DIM,
@@ -93,43 +93,45 @@ def main() -> int:
         return 0
     logging.disable(logging.WARNING)  # pymilvus and LlamaIndex
     scale = _Scale(is_quick=given.quick)
-    with open_milvus(given.uri, given.token) as backend:
-        results = asyncio.run(
-            _run(
-                backend,
-                given.only or [name for name in _WORKLOADS if not (given.quick and name in _FULL_ONLY)],
-                scale,
-                lambda so_far: stored.write_text(json.dumps(so_far, indent=1), encoding="utf-8"),
-            )
-        )
+    results = _run(
+        lambda: open_milvus(given.uri, given.token),
+        given.only or [name for name in _WORKLOADS if not (given.quick and name in _FULL_ONLY)],
+        scale,
+        lambda so_far: stored.write_text(json.dumps(so_far, indent=1), encoding="utf-8"),
+    )
     print("\n" + report.table(results["figures"]))
     for path in [stored, *charts.draw(results, given.out)]:
         print(f"wrote {path}")
     return 0
 
 
-async def _run(
-    backend: Backend, names: list[str], scale: _Scale, store: Callable[[dict[str, Any]], object]
+def _run(
+    open_backend: Callable[[], contextlib.AbstractContextManager[Backend]],
+    names: list[str],
+    scale: _Scale,
+    store: Callable[[dict[str, Any]], object],
 ) -> dict[str, Any]:
-    """Run workloads; `store` gets the results so far after each of them."""
-    machine = report.describe_machine(backend.client)
-    if machine["load_before"] > machine["cores"] / 2:
-        print(f"other work is running here (load {machine['load_before']}): expect a wide spread", file=sys.stderr)
-    results: dict[str, Any] = {
-        "machine": machine,
-        "is_quick": scale.is_quick,
-        "seconds": {},
-        "figures": [],
-        "series": {},
-    }
-    for name in names:
-        before = time.perf_counter()
-        outcome = await _WORKLOADS[name](backend, scale)
-        taken = results["seconds"][name] = round(time.perf_counter() - before, 1)
-        print(f"{name}: {taken:.0f} s", file=sys.stderr)
-        results["figures"] += [figure.as_dict() for figure in outcome.figures]
-        results["series"][name] = outcome.series
-        store(results)
+    """Run workloads; `store` gets the results so far after each of them.
+
+    In a full run each has a server of its own, if it is one that is started for the purpose: a server that has taken in
+    and dropped some hundred thousand rows is slower for minutes, and no workload should pay for the one before it.
+    """
+    results: dict[str, Any] = {"is_quick": scale.is_quick, "seconds": {}, "figures": [], "series": {}}
+    for together in [names] if scale.is_quick else [[name] for name in names]:
+        load_before = os.getloadavg()[0]
+        with open_backend() as backend:
+            if "machine" not in results:
+                results["machine"] = machine = report.describe_machine(backend.client, load_before)
+                if load_before > machine["cores"] / 2:
+                    print(f"other work is running here (load {load_before:.2f}): expect a wide spread", file=sys.stderr)
+            for name in together:
+                before = time.perf_counter()
+                outcome = asyncio.run(_WORKLOADS[name](backend, scale))
+                taken = results["seconds"][name] = round(time.perf_counter() - before, 1)
+                print(f"{name}: {taken:.0f} s", file=sys.stderr)
+                results["figures"] += [figure.as_dict() for figure in outcome.figures]
+                results["series"][name] = outcome.series
+                store(results)
     return results
 
 

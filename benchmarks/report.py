@@ -17,7 +17,7 @@ _PACKAGES = ("llama-index-core", "llama-index-vector-stores-milvus", "pymilvus",
 _HEADINGS = ("workload", "against", "target", "measured", "spread", "")
 
 
-def describe_machine(client: MilvusClient) -> dict[str, Any]:
+def describe_machine(client: MilvusClient, load_before: float) -> dict[str, Any]:
     """What the results depend on, without a name of the machine itself."""
     return {
         "cpu": _cpu_model(),
@@ -27,7 +27,7 @@ def describe_machine(client: MilvusClient) -> dict[str, Any]:
         "python": platform.python_version(),
         "milvus": client.get_server_version().removeprefix("v").removesuffix("-lite"),  # the PyPI build's own suffix
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "load_before": round(os.getloadavg()[0], 2),
+        "load_before": round(load_before, 2),
     }
 
 

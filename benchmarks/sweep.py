@@ -69,7 +69,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     if given.only != "Milvus Lite":
         with open_milvus(given.uri, given.token) as backend:
-            results["machine"] = report.describe_machine(backend.client)
+            results["machine"] = report.describe_machine(backend.client, os.getloadavg()[0])
             results["server"] = asyncio.run(_sweep(backend, _GRIDS["server"], given.minutes))
     if given.only != "server":
         with tempfile.TemporaryDirectory() as folder:

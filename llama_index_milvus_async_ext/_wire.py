@@ -180,9 +180,8 @@ def write_request(collection: str, partition: str, schema: Schema, rows: Sequenc
             kind = milvus_pb2.UpsertRequest if upsert else milvus_pb2.InsertRequest
             ours = kind.FromString(_columnar_request(collection, partition, schema, sample, upsert))
             schema.fast = bool(ours == _pymilvus_request(collection, partition, schema, sample, upsert))
-        except Exception as error:  # whatever the reason, pymilvus's own way is there
+        except Exception as error:  # whatever the reason, perhaps the row itself, pymilvus's own way is there
             logger.debug("row encoder is not used for %r: %s", collection, error)
-            schema.fast = False
         else:
             if not schema.fast:
                 logger.debug("row encoder and pymilvus differ for %r: pymilvus is used", collection)

@@ -53,7 +53,7 @@ _WORKLOADS: dict[str, Callable[[Backend, _Scale], Coroutine[Any, Any, Outcome]]]
     "adds": lambda backend, scale: adds.run(
         backend,
         dim=_DIM,
-        rounds=scale.many_rounds,
+        rounds=scale.of(5, 1),
         is_quick=scale.is_quick,
         counts=scale.of((10, 100, 1_000), (1_000,)),
     ),

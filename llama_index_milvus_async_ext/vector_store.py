@@ -98,7 +98,8 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         max_concurrency: Requests in flight to the endpoint at the most, searches and writes together. In a sweep on a
             2.3.5 server (384, 768 and 1,536 dimensions) 4 and 8 were equal for writes at the default `batch_size` (93
             and 90 % of each dimension's best), 8 ahead for smaller requests, and 2 behind (78 %); 16, tried before,
-            added nothing. Milvus Lite gets one write at a time.
+            added nothing. To save memory, no more than 4,000 rows are under way: four full requests. Milvus Lite gets
+            one write at a time.
         batch_size: Rows in one request at the most. Of the requests in that sweep those of 1,000 did best on the server
             (93 %, as 2,000: 92 %; 500: 82 %, 250: 77 %), and on Lite they were as good as any (99 %; 250, 500 and
             2,500: 99, 97 and 95 %).

@@ -43,7 +43,7 @@ class _Scale:
     @property
     def many_rounds(self) -> int:
         """Rounds of what is over soon, and so varies much."""
-        return self.of(7, 1)
+        return self.of(5, 1)
 
 
 _FULL_ONLY = ("embedding", "memory", "sizes")  # small sizes would say nothing
@@ -53,7 +53,7 @@ _WORKLOADS: dict[str, Callable[[Backend, _Scale], Coroutine[Any, Any, Outcome]]]
     "adds": lambda backend, scale: adds.run(
         backend,
         dim=_DIM,
-        rounds=scale.of(5, 1),
+        rounds=scale.many_rounds,
         is_quick=scale.is_quick,
         counts=scale.of((10, 100, 1_000), (1_000,)),
     ),

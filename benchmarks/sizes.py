@@ -14,8 +14,8 @@ from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, cpu_sec
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)
 _LARGEST_READY_MADE = 100_000  # requests made beforehand take memory
-_IN_FLIGHT, _ROWS_PER_REQUEST = 8, 1_000
-_ROWS_PER_ROUND = 20_000
+_IN_FLIGHT, _ROWS_PER_REQUEST = 6, 800
+_ROWS_PER_ROUND = 10_000
 
 
 async def run(backend: Backend, *, dim: int, rounds: int, sizes: Sequence[int] = SIZES) -> Outcome:

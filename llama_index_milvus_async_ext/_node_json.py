@@ -49,65 +49,104 @@ _knows_text_nodes = (
 )
 
 
-def stored_json(node: BaseNode, text_key: str) -> tuple[str, dict[str, Any], str]:
-    """What is stored of a node.
+class NodeJson:
+    """Writes the nodes of one collection.
+
+        content, metadata, text = NodeJson("text").stored(node)
 
     Args:
-        node: The node.
         text_key: The column that holds the text, which is left out of the JSON.
-
-    Returns:
-        The node as JSON without text and embedding, its metadata as JSON values (a dict of its own), and its text.
-
-    Raises:
-        ValueError, TypeError, RecursionError: It can't be written as JSON.
     """
-    if _knows_text_nodes and type(node) is TextNode and text_key not in _OTHER_KEYS:
-        written = _plain_content(node, with_text=text_key != "text")
-        if written is not None:
-            return written, dict(node.metadata), node.text
-    dumped = node.model_dump(mode="json", exclude={"embedding"})
-    metadata = dumped.get("metadata", {})
-    text = dumped.get("text")
-    if text is None:
-        text = node.get_content()
-    content = {"id_": dumped.pop("id_"), "embedding": None, **dumped}
-    if text_key in content:
-        content[text_key] = ""
-    content.pop("text_resource", None)
-    return _encode(content), metadata, text
+
+    def __init__(self, text_key: str) -> None:
+        self._text_key = text_key
+        self._with_text = text_key != "text"
+        self._knows_text_nodes = _knows_text_nodes and text_key not in _OTHER_KEYS
+        self._recent: dict[NodeRelationship, _Relation] = {}
+
+    def stored(self, node: BaseNode) -> tuple[str, dict[str, Any], str]:
+        """What is stored of a node.
+
+        Returns:
+            The node as JSON without text and embedding, its metadata as JSON values (a dict of its own), and its text.
+
+        Raises:
+            ValueError, TypeError, RecursionError: It can't be written as JSON.
+        """
+        if self._knows_text_nodes and type(node) is TextNode:
+            written = self._plain_content(node)
+            if written is not None:
+                return written, dict(node.metadata), node.text
+        dumped = node.model_dump(mode="json", exclude={"embedding"})
+        metadata = dumped.get("metadata", {})
+        text = dumped.get("text")
+        if text is None:
+            text = node.get_content()
+        content = {"id_": dumped.pop("id_"), "embedding": None, **dumped}
+        if self._text_key in content:
+            content[self._text_key] = ""
+        content.pop("text_resource", None)
+        return _encode(content), metadata, text
+
+    def _plain_content(self, node: TextNode) -> str | None:
+        """What pydantic would dump of a text node, but for its embedding; None if that takes pydantic."""
+        fields = node.__dict__
+        metadata = fields["metadata"]
+        excluded = fields["excluded_embed_metadata_keys"], fields["excluded_llm_metadata_keys"]
+        if not _is_plain(metadata):
+            return None
+        for keys in excluded:
+            if keys and not _STRING.issuperset(map(type, keys)):
+                return None
+        relations = []
+        for kind, relation in fields["relationships"].items():
+            if type(relation) is not RelatedNodeInfo or type(kind) is not NodeRelationship:
+                return None
+            # The chunks of a document come one after the other, and name the same source: it is written once.
+            recent = self._recent.get(kind)
+            if recent is None or not recent.is_of(relation.__dict__):
+                if not _is_plain(relation.__dict__["metadata"]):
+                    return None
+                recent = self._recent[kind] = _Relation(kind, relation.__dict__)
+            relations.append(recent.written)
+        # Put together by hand: one call of the encoder for a dict of all this takes twice as long.
+        return (
+            f'{{"id_": {_string(fields["id_"])}, "embedding": null, "metadata": {_json(metadata)}, '
+            f'"excluded_embed_metadata_keys": {_json(excluded[0])}, "excluded_llm_metadata_keys": {_json(excluded[1])}, '
+            f'"relationships": {{{", ".join(relations)}}}, "metadata_template": {_string(fields["metadata_template"])}, '
+            f'"metadata_separator": {_string(fields["metadata_separator"])}, '
+            f'"text": {_string(fields["text"] if self._with_text else "")}, "mimetype": {_string(fields["mimetype"])}, '
+            f'"start_char_idx": {_json(fields["start_char_idx"])}, "end_char_idx": {_json(fields["end_char_idx"])}, '
+            f'"text_template": {_string(fields["text_template"])}, "class_name": "TextNode"}}'
+        )
 
 
-def _plain_content(node: TextNode, with_text: bool) -> str | None:
-    """What pydantic would dump of a text node, but for its embedding; None if that takes pydantic."""
-    fields = node.__dict__
-    metadata = fields["metadata"]
-    excluded = fields["excluded_embed_metadata_keys"], fields["excluded_llm_metadata_keys"]
-    if not _is_plain(metadata) or not all(_STRING.issuperset(map(type, keys)) for keys in excluded if keys):
-        return None
-    relations = []
-    for kind, relation in fields["relationships"].items():
-        if type(relation) is not RelatedNodeInfo or type(kind) is not NodeRelationship:
-            return None
-        about = relation.__dict__
-        if not _is_plain(about["metadata"]):
-            return None
+class _Relation:
+    """A relationship as it was last written."""
+
+    __slots__ = ("_about", "_keys", "_types", "written")
+
+    def __init__(self, kind: NodeRelationship, about: Mapping[str, Any]) -> None:
+        metadata = about["metadata"]
         node_type = about["node_type"]
-        relations.append(
+        self._about = {**about, "metadata": dict(metadata)}
+        # What is equal may yet be written otherwise: True as 1, 1.0 as 1, -0.0 as 0.0, and keys in another order.
+        self._keys = [*metadata]
+        self._types = [*map(type, metadata.values())]
+        if float in self._types:
+            self._about.clear()
+        self.written = (
             f'"{kind._value_}": {{"node_id": {_string(about["node_id"])}, '
             f'"node_type": {_json(node_type._value_ if type(node_type) is ObjectType else node_type)}, '
-            f'"metadata": {_json(about["metadata"])}, "hash": {_json(about["hash"])}, "class_name": "RelatedNodeInfo"}}'
+            f'"metadata": {_json(metadata)}, "hash": {_json(about["hash"])}, "class_name": "RelatedNodeInfo"}}'
         )
-    # Put together by hand: one call of the encoder for a dict of all this takes twice as long.
-    return (
-        f'{{"id_": {_string(fields["id_"])}, "embedding": null, "metadata": {_json(metadata)}, '
-        f'"excluded_embed_metadata_keys": {_json(excluded[0])}, "excluded_llm_metadata_keys": {_json(excluded[1])}, '
-        f'"relationships": {{{", ".join(relations)}}}, "metadata_template": {_string(fields["metadata_template"])}, '
-        f'"metadata_separator": {_string(fields["metadata_separator"])}, '
-        f'"text": {_string(fields["text"] if with_text else "")}, "mimetype": {_string(fields["mimetype"])}, '
-        f'"start_char_idx": {_json(fields["start_char_idx"])}, "end_char_idx": {_json(fields["end_char_idx"])}, '
-        f'"text_template": {_string(fields["text_template"])}, "class_name": "TextNode"}}'
-    )
+
+    def is_of(self, about: Mapping[str, Any]) -> bool:
+        """Whether this is what would be written of another one, too."""
+        if about != self._about:
+            return False
+        metadata = about["metadata"]
+        return [*map(type, metadata.values())] == self._types and [*metadata] == self._keys
 
 
 def _json(value: Any) -> str:

@@ -9,7 +9,7 @@ import orjson
 from llama_index.core.schema import BaseNode
 from pymilvus import DataType
 
-from llama_index_milvus_async_ext._node_json import stored_json
+from llama_index_milvus_async_ext._node_json import NodeJson
 from llama_index_milvus_async_ext._vectors import pack
 from llama_index_milvus_async_ext._wire import DYNAMIC_FIELD, Row, Schema
 
@@ -60,14 +60,20 @@ class RowEncoder:
         """
         self._schema = schema
         self._text_key = text_key
+        self._json = NodeJson(text_key)
         self._doc_id_field = doc_id_field
         self._embedding_field = embedding_field
         self._sparse_field = sparse_field
         self._dim = int(schema.params(embedding_field).get("dim", 0)) if embedding_field else 0
-        self._columns = {f["name"] for f in schema.fields}
-        self._forbidden = schema.function_outputs | {DYNAMIC_FIELD}
+        self._columns = [f["name"] for f in schema.fields]
+        self._forbidden = [*schema.function_outputs, DYNAMIC_FIELD]
         self._scalars = [
-            (f["name"], f["type"], int(f.get("params", {}).get("max_length", _DEFAULT_MAX_LENGTH)))
+            (
+                f["name"],
+                f["type"],
+                int(f.get("params", {}).get("max_length", _DEFAULT_MAX_LENGTH)),
+                f["type"] == DataType.VARCHAR,
+            )
             for f in schema.fields
             if f["type"] in _PYTHON_TYPES and not f.get("nullable") and f.get("default_value") is None
         ]
@@ -89,9 +95,9 @@ class RowEncoder:
         if self._sparse_field:
             entity[self._sparse_field] = sparse
         nbytes = 0
-        for name, kind, limit in self._scalars:
+        for name, kind, limit, is_text in self._scalars:
             value = entity.get(name)
-            if kind == DataType.VARCHAR and type(value) is str and value.isascii() and len(value) <= limit:
+            if is_text and type(value) is str and value.isascii() and len(value) <= limit:
                 nbytes += len(value)
             else:
                 nbytes += self._checked_size(node, entity, name, kind, limit)
@@ -121,7 +127,7 @@ class RowEncoder:
     def _entity(self, node: BaseNode) -> dict[str, Any]:
         # As upstream's node_to_metadata_dict does it.
         try:
-            node_content, entity, text = stored_json(node, self._text_key)
+            node_content, entity, text = self._json.stored(node)
         except Exception as error:  # pydantic has errors of its own
             raise _refused(node, f"it can't be stored as JSON ({error})", "check its metadata") from None
         doc_id = node.ref_doc_id or "None"
@@ -166,10 +172,9 @@ class RowEncoder:
 
     def _parted(self, node: BaseNode, entity: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         """The values of the collection's columns, and the JSON of the others."""
-        forbidden = self._forbidden.intersection(entity)
-        if forbidden:
-            name = forbidden.pop()
-            raise _refused(node, f"its metadata has the key {name!r}, which Milvus fills itself", "rename the key")
+        for name in self._forbidden:
+            if name in entity:
+                raise _refused(node, f"its metadata has the key {name!r}, which Milvus fills itself", "rename the key")
         if not self._schema.dynamic:
             return entity, b""
         columns = {name: entity.pop(name) for name in self._columns if name in entity}

@@ -133,7 +133,8 @@ def test_plain_nodes_are_written_as_pydantic_writes_them(node: TextNode, text_ke
         pass
 
     other = Other(**dict(node.__dict__))
-    assert _node_json.stored_json(node, text_key) == _node_json.stored_json(other, text_key)
+    json = _node_json.NodeJson(text_key)
+    assert json.stored(node) == json.stored(other)
 
 
 @settings(max_examples=50, deadline=None)

@@ -308,14 +308,20 @@ class _Port:
 
     def deliver(self, future: asyncio.Future[Any], result: Any) -> None:
         """Set a future's result on the caller's loop; from the I/O thread."""
-        loop = self.loop
-        if loop is self._io.loop:
+        if self.loop is self._io.loop:
             if not future.done():
                 future.set_result(result)
             return
         self._incoming.append((future, result))
-        if not self._woken and loop is not None:
+        if not self._woken:
+            # Once all outcomes of this turn are there: a caller that is woken by the first of them would, for each of
+            # the others, wait for Python's lock again.
             self._woken = True
+            self._io.loop.call_soon(self._wake)
+
+    def _wake(self) -> None:
+        loop = self.loop
+        if loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
                 loop.call_soon_threadsafe(self._receive)
 

@@ -112,8 +112,9 @@ class NodeJson:
         # Put together by hand: one call of the encoder for a dict of all this takes twice as long.
         return (
             f'{{"id_": {_string(fields["id_"])}, "embedding": null, "metadata": {_json(metadata)}, '
-            f'"excluded_embed_metadata_keys": {_json(excluded[0])}, "excluded_llm_metadata_keys": {_json(excluded[1])}, '
-            f'"relationships": {{{", ".join(relations)}}}, "metadata_template": {_string(fields["metadata_template"])}, '
+            f'"excluded_embed_metadata_keys": {_json(excluded[0])}, '
+            f'"excluded_llm_metadata_keys": {_json(excluded[1])}, "relationships": {{{", ".join(relations)}}}, '
+            f'"metadata_template": {_string(fields["metadata_template"])}, '
             f'"metadata_separator": {_string(fields["metadata_separator"])}, '
             f'"text": {_string(fields["text"] if self._with_text else "")}, "mimetype": {_string(fields["mimetype"])}, '
             f'"start_char_idx": {_json(fields["start_char_idx"])}, "end_char_idx": {_json(fields["end_char_idx"])}, '

@@ -18,6 +18,7 @@ from llama_index.core.schema import (
     MediaResource,
     Node,
     NodeRelationship,
+    ObjectType,
     RelatedNodeInfo,
     TextNode,
 )
@@ -135,6 +136,47 @@ def test_plain_nodes_are_written_as_pydantic_writes_them(node: TextNode, text_ke
     other = Other(**dict(node.__dict__))
     json = _node_json.NodeJson(text_key)
     assert json.stored(node) == json.stored(other)
+
+
+alike: list[Any] = [True, 1, 1.0, 0, False, 0.0, -0.0, None, "1", "", [1], [True], {"a": 1}, {"a": True}]
+alike_metadata = st.one_of(
+    st.permutations(["a", "b"]).flatmap(
+        lambda order: st.fixed_dictionaries({k: st.sampled_from(alike) for k in order})
+    ),
+    st.just({}),
+)
+alike_relations = st.builds(
+    RelatedNodeInfo,
+    node_id=st.sampled_from(["d", "e"]),
+    node_type=st.sampled_from([None, "4", "custom", *ObjectType]),
+    metadata=alike_metadata,
+    hash=st.sampled_from([None, "", "h"]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from([NodeRelationship.SOURCE, NodeRelationship.NEXT]), alike_relations),
+        min_size=2,
+        max_size=6,
+    )
+)
+def test_a_relationship_that_only_equals_the_one_before_is_written_anew(relationships: list[dict[Any, Any]]) -> None:
+    json = _node_json.NodeJson("text")
+    for related_to in relationships:
+        node = TextNode(id_="n", text="t", relationships=related_to)
+        assert json.stored(node) == _node_json.NodeJson("text").stored(node)
+
+
+def test_a_relationship_whose_metadata_is_changed_in_place_is_written_anew() -> None:
+    source = RelatedNodeInfo(node_id="d", metadata={"a": 1})
+    json = _node_json.NodeJson("text")
+    for value in (1, 2, True):
+        source.metadata["a"] = value
+        written, _, _ = json.stored(TextNode(id_="n", relationships={NodeRelationship.SOURCE: source}))
+        [stored] = orjson.loads(written)["relationships"].values()
+        assert stored["metadata"]["a"] is value
 
 
 @settings(max_examples=50, deadline=None)

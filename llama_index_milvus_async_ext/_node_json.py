@@ -130,12 +130,11 @@ class _Relation:
     def __init__(self, kind: NodeRelationship, about: Mapping[str, Any]) -> None:
         metadata = about["metadata"]
         node_type = about["node_type"]
-        self._about = {**about, "metadata": dict(metadata)}
-        # What is equal may yet be written otherwise: True as 1, 1.0 as 1, -0.0 as 0.0, and keys in another order.
+        # What is equal may yet be written otherwise: True and 1, keys in another order, 0.0 and -0.0. The types
+        # of those two are equal as well: with a float in it, none is taken for the same.
         self._keys = [*metadata]
         self._types = [*map(type, metadata.values())]
-        if float in self._types:
-            self._about.clear()
+        self._about = None if float in self._types else {**about, "metadata": dict(metadata)}
         self.written = (
             f'"{kind._value_}": {{"node_id": {_string(about["node_id"])}, '
             f'"node_type": {_json(node_type._value_ if type(node_type) is ObjectType else node_type)}, '

@@ -43,7 +43,7 @@ class _Scale:
     @property
     def many_rounds(self) -> int:
         """Rounds of what is over soon, and so varies much."""
-        return self.of(5, 1)
+        return self.of(9, 1)
 
 
 _FULL_ONLY = ("embedding", "memory", "sizes")  # small sizes would say nothing

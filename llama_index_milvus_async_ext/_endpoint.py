@@ -114,6 +114,7 @@ class Endpoint:
         self.is_lite = self.connection.server_version().startswith("milvus_lite")
         self.limit = self._limits.setdefault(self.connection.address, Limit())
         self._lanes: dict[tuple[Any, ...], Lane[Any, Any]] = {}
+        self.lanes_forgotten = 0  # how often; whoever keeps a lane asks for it anew after that
         self._gone = Counter[str]()
         self._reloaded_at: dict[str, float] = {}
         self._lock_path = f"{settings.uri}.lock" if settings.is_file else None
@@ -257,6 +258,7 @@ class Endpoint:
     def _forget_idle_lanes(self) -> None:
         # Each filter expression has a lane of its own. One that is handed out just now may be dropped here too: it
         # goes on working, and only shares no request with its successor.
+        self.lanes_forgotten += 1
         for key, lane in list(self._lanes.items()):
             if lane.idle:
                 self._gone.update(_counts(key[0], lane))

@@ -283,6 +283,7 @@ class _Port:
     def __init__(self, loop: asyncio.AbstractEventLoop, io: IoThread) -> None:
         self.thread = threading.current_thread()
         self._loop = weakref.ref(loop)
+        self._is_of_io_thread = loop is io.loop
         self._io = io
         self._outgoing: list[Callable[[], object]] = []
         self._incoming: deque[tuple[asyncio.Future[Any], Any]] = deque()
@@ -295,7 +296,7 @@ class _Port:
 
     def send(self, function: Callable[[], object]) -> None:
         """Have a function called in the I/O thread; from the caller's loop."""
-        if self._io.is_current:
+        if self._is_of_io_thread:
             self._io.loop.call_soon(function)
             return
         if not self._outgoing:
@@ -308,7 +309,7 @@ class _Port:
 
     def deliver(self, future: asyncio.Future[Any], result: Any) -> None:
         """Set a future's result on the caller's loop; from the I/O thread."""
-        if self.loop is self._io.loop:
+        if self._is_of_io_thread:
             if not future.done():
                 future.set_result(result)
             return

@@ -28,7 +28,7 @@ from pymilvus.exceptions import MilvusException
 from llama_index_milvus_async_ext._endpoint import Endpoint, Limits, WriteTarget
 from llama_index_milvus_async_ext._filters import filter_expression, ids_expression
 from llama_index_milvus_async_ext._io import IoThread
-from llama_index_milvus_async_ext._lane import Submission
+from llama_index_milvus_async_ext._lane import Lane, Submission
 from llama_index_milvus_async_ext._search import (
     SearchPlan,
     check_mode,
@@ -49,6 +49,12 @@ T = TypeVar("T")
 
 _IDS_PER_REQUEST = 1_000
 _LIMITS_OF = attrgetter(*Limits._fields)
+# What decides which lane a store's rows take, besides their partition.
+_WRITE_SETTINGS_OF = attrgetter(
+    *("collection_name", "upsert_mode", "text_key", "doc_id_field", "enable_dense", "embedding_field"),
+    *("enable_sparse", "sparse_embedding_field", "sparse_embedding_function"),
+    *Limits._fields,
+)
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,7 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
 
     _settings: ConnectionSettings = PrivateAttr()
     _connected: Connected | None = PrivateAttr(default=None)
+    _recent_write_lane: tuple[tuple[Any, ...], Lane[Any, None]] | None = PrivateAttr(default=None)
 
     def __init__(
         self,
@@ -339,7 +346,8 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
                 have Milvus seal what was written (Milvus rations this to once in ten seconds).
         """
         nodes = list(nodes)
-        return await self._awrite(nodes, await self._asparse_of_nodes(nodes), **add_kwargs)
+        sparse = None if self._sparse_encoder() is None else await self._asparse_of_nodes(nodes)
+        return await self._awrite(nodes, sparse, **add_kwargs)
 
     def write(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> WriteReport:
         """As `awrite`, blocking."""
@@ -384,12 +392,13 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
         started = time.perf_counter()
         connected = self._live()
         with connected:
-            try:
-                schema = await self._aschema(connected)
-            except MilvusException as error:  # nothing can be sent: that, too, is an outcome of each node
-                return self._report(nodes, Submission.failed(len(nodes), error), started)
-            target = self._write_target(milvus_partition_name or "")
-            lane = connected.endpoint.write_lane(target, schema, self._limits())
+            schema = connected.endpoint.connection.known_schema(self.collection_name)
+            if schema is None:
+                try:
+                    schema = await self._aschema(connected)
+                except MilvusException as error:  # nothing can be sent: that, too, is an outcome of each node
+                    return self._report(nodes, Submission.failed(len(nodes), error), started)
+            lane = self._write_lane(connected.endpoint, schema, milvus_partition_name or "")
             values: list[Any] = nodes if sparse is None else list(zip(nodes, sparse, strict=True))
             keys = [node.node_id for node in nodes]
             try:
@@ -402,6 +411,17 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
             if force_flush:
                 await self._acall(_flush(self.collection_name))
         return self._report(nodes, submission, started)
+
+    def _write_lane(self, endpoint: Endpoint, schema: Schema, partition: str) -> Lane[Any, None]:
+        # The last one, if nothing has changed: to compare the settings takes a fifth of the time of a look-up by them.
+        key = (endpoint, endpoint.lanes_forgotten, schema, partition, _WRITE_SETTINGS_OF(self))
+        private: dict[str, Any] = self.__pydantic_private__ or {}  # as in `_live`
+        recent = private["_recent_write_lane"]
+        if recent is None or recent[0] != key:
+            lane = endpoint.write_lane(self._write_target(partition), schema, self._limits())
+            recent = private["_recent_write_lane"] = (key, lane)
+        known: Lane[Any, None] = recent[1]
+        return known
 
     def _write_target(self, partition: str) -> WriteTarget:
         return WriteTarget(
@@ -417,7 +437,9 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
     def _report(self, nodes: list[BaseNode], submission: Submission[Any], started: float) -> WriteReport:
         failures = submission.failures
         report = WriteReport(
-            written=[node.node_id for index, node in enumerate(nodes) if index not in failures],
+            written=[node.node_id for index, node in enumerate(nodes) if index not in failures]
+            if failures
+            else [node.node_id for node in nodes],
             retries=submission.retries,
             elapsed_seconds=time.perf_counter() - started,
         )

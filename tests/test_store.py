@@ -497,6 +497,21 @@ def test_statistics(make_store: Any, make_nodes: MakeNodes) -> None:
     assert (after.in_flight, after.waiting) == (0, 0)
 
 
+def test_settings_that_are_changed_count_from_the_next_call(make_store: Any, make_nodes: MakeNodes) -> None:
+    store = make_store()
+    nodes = make_nodes(4)
+    store.add(nodes[:2])
+    store.batch_size = 1
+    before = store.statistics().requests
+    store.add(nodes[2:])
+    assert store.statistics().requests - before == 2
+    endpoint = store._connected.endpoint
+    rows = store.statistics().rows
+    endpoint._forget_idle_lanes()
+    store.add(nodes[:1])
+    assert store.statistics().rows == rows + 1, "a lane that was forgotten counts for nobody"
+
+
 def test_a_plain_store_is_taken_over_with_its_connection(make_upstream: Any, make_nodes: MakeNodes) -> None:
     upstream = make_upstream(similarity_metric="L2", token="root:Milvus")
     store = AsyncMilvusVectorStore.from_vector_store(upstream, max_concurrency=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -49,15 +50,17 @@ Side = Callable[[], Awaitable[Timing]]
 
 
 async def alternate(sides: Mapping[str, Side], rounds: int) -> dict[str, list[Timing]]:
-    """Time each side once per round, beginning with another one in each round.
+    """Time each side once per round, in an order of its own in each round.
 
-    Drift of the machine (other load, heat, a growing server) then meets all sides alike.
+    Drift of the machine (other load, heat, a growing server) then meets all sides alike, and so does what the side
+    before leaves behind: in a fixed order each would always follow the same one. The orders are the same in each run.
     """
-    names = list(sides)
-    timings: dict[str, list[Timing]] = {name: [] for name in names}
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+    shuffle = random.Random(0).shuffle
+    timings: dict[str, list[Timing]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        names = list(sides)
+        shuffle(names)
+        for name in names:
             timings[name].append(await sides[name]())
     return timings
 

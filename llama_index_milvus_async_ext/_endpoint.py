@@ -258,11 +258,11 @@ class Endpoint:
     def _forget_idle_lanes(self) -> None:
         # Each filter expression has a lane of its own. One that is handed out just now may be dropped here too: it
         # goes on working, and only shares no request with its successor.
-        self.lanes_forgotten += 1
         for key, lane in list(self._lanes.items()):
             if lane.idle:
                 self._gone.update(_counts(key[0], lane))
                 del self._lanes[key]
+        self.lanes_forgotten += 1  # at the end: whoever reads the new number finds no lane that is dropped here
 
     # --- what Milvus Lite needs
 

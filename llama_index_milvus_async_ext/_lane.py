@@ -16,6 +16,9 @@ from llama_index_milvus_async_ext._limit import Limit
 from llama_index_milvus_async_ext.retry import RetryPolicy, Verdict, classify
 
 _OVERLOAD_PAUSE_SHARE = 0.1
+# What an attempt gets at the least, even past the deadline: one of a few milliseconds would not wait for its answer,
+# and so leave the outcome unknown of what was refused each time before.
+_LEAST_TIMEOUT_SECONDS = 0.1
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -147,7 +150,8 @@ class Lane(Generic[T, R]):
           until it stands by itself (at most 2 * log2(n) + 2 requests for one such item among n).
         - Items with equal keys are sent one after the other, in the order of submission, never in one request.
         - Callers share a batch evenly, so that a small call does not wait for a large one.
-        - No item stays longer than `policy.deadline_seconds` while the endpoint acknowledges nothing.
+        - No item stays longer than `policy.deadline_seconds`, and a tenth of a second for a last attempt, while the
+          endpoint acknowledges nothing.
 
     Args:
         prepare: Turns an item's value into its payload and the payload's size in bytes; raises for a bad one.
@@ -488,7 +492,8 @@ class Lane(Generic[T, R]):
             item.attempts += 1
         sent_at = self._clock()
         upsert = any(item.ambiguous or item.repeats for item in group)
-        timeout = max(min(self._rpc_timeout_seconds, flight.deadline_at - sent_at), 0.001)
+        remaining = max(flight.deadline_at - sent_at, _LEAST_TIMEOUT_SECONDS)
+        timeout = min(self._rpc_timeout_seconds, remaining)
         try:
             flight.sending = True
             # The list is the sender's own, so that it can let go of the payloads as soon as it has sent them.

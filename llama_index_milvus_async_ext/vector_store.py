@@ -437,9 +437,7 @@ class AsyncMilvusVectorStore(MilvusVectorStore):
     def _report(self, nodes: list[BaseNode], submission: Submission[Any], started: float) -> WriteReport:
         failures = submission.failures
         report = WriteReport(
-            written=[node.node_id for index, node in enumerate(nodes) if index not in failures]
-            if failures
-            else [node.node_id for node in nodes],
+            written=[node.node_id for index, node in enumerate(nodes) if index not in failures],
             retries=submission.retries,
             elapsed_seconds=time.perf_counter() - started,
         )

@@ -9,9 +9,11 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import psutil
+
+T = TypeVar("T")
 
 _QUIET_PERCENT = 15.0
 _QUIET_INTERVAL_SECONDS = 0.25
@@ -49,14 +51,14 @@ async def timed(work: Callable[[], Awaitable[object]]) -> Timing:
 Side = Callable[[], Awaitable[Timing]]
 
 
-async def alternate(sides: Mapping[str, Side], rounds: int) -> dict[str, list[Timing]]:
+async def alternate(sides: Mapping[str, Callable[[], Awaitable[T]]], rounds: int) -> dict[str, list[T]]:
     """Time each side once per round, in an order of its own in each round.
 
     Drift of the machine (other load, heat, a growing server) then meets all sides alike, and so does what the side
     before leaves behind: in a fixed order each would always follow the same one. The orders are the same in each run.
     """
     shuffle = random.Random(0).shuffle
-    timings: dict[str, list[Timing]] = {name: [] for name in sides}
+    timings: dict[str, list[T]] = {name: [] for name in sides}
     for _ in range(rounds):
         names = list(sides)
         shuffle(names)

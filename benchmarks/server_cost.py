@@ -1,6 +1,6 @@
 """What a bulk write costs the server: until its last answer, and afterwards, for what it has acknowledged.
 
-Starts a server, as it needs one of this machine's processes. Linux only: it reads the CPU time of single threads.
+It starts a server of its own, whose CPU time it can read; that of single threads can be read on Linux only.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from llama_index.core.schema import BaseNode
@@ -12,12 +12,15 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from benchmarks import ready_made
 from benchmarks.backend import Backend
 from benchmarks.corpus import make_nodes
-from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, cpu_seconds, fastest, ratios, seconds, timed
+from benchmarks.measure import Figure, Outcome, Side, alternate, cpu_seconds, fastest, ratios, seconds, timed
 
 _CEILING_IN_FLIGHT = (2, 4, 8)
 _CEILING_ROWS_PER_REQUEST = (250, 500, 1_000)
 _CEILINGS_KEPT = 3
 _SEMAPHORE, _ROWS_PER_CALL = 8, 500
+
+# How a side measures its work; `timed` gives its `Timing`.
+Measured = Callable[[Callable[[], Awaitable[object]]], Awaitable[Any]]
 
 
 async def run(backend: Backend, *, dim: int, rounds: int, count: int, is_quick: bool) -> Outcome:
@@ -85,13 +88,20 @@ async def _behind_semaphore(store: MilvusVectorStore, nodes: list[BaseNode]) -> 
 
 
 def writing(
-    backend: Backend, open_store: Callable[..., Any], dim: int, nodes: list[BaseNode], write: Any, **options: Any
-) -> Side:
+    backend: Backend,
+    open_store: Callable[..., Any],
+    dim: int,
+    nodes: list[BaseNode],
+    write: Any,
+    *,
+    measured: Measured = timed,
+    **options: Any,
+) -> Callable[[], Awaitable[Any]]:
     """A side that writes the nodes through a store."""
 
-    async def measure() -> Timing:
+    async def measure() -> Any:
         async with open_store(dim, **options) as store:
-            timing = await timed(lambda: write(store, nodes))
+            timing = await measured(lambda: write(store, nodes))
             backend.check_stored(store.collection_name, nodes)
         return timing
 
@@ -99,17 +109,24 @@ def writing(
 
 
 def sending(
-    backend: Backend, dim: int, nodes: list[BaseNode], rows: list[dict[str, Any]], in_flight: int, per_request: int
-) -> Side:
+    backend: Backend,
+    dim: int,
+    nodes: list[BaseNode],
+    rows: list[dict[str, Any]],
+    in_flight: int,
+    per_request: int,
+    *,
+    measured: Measured = timed,
+) -> Callable[[], Awaitable[Any]]:
     """A side that sends ready-made requests with the rows of the nodes."""
 
-    async def measure() -> Timing:
+    async def measure() -> Any:
         # The collection is made by ours, so that all sides write to the same kind of collection.
         async with backend.ours(dim) as store:
             requests = ready_made.write_requests(
                 backend.client, store.collection_name, rows, per_request, upsert=store.upsert_mode
             )
-            timing = await timed(lambda: ready_made.send(backend.client, "Upsert", requests, in_flight))
+            timing = await measured(lambda: ready_made.send(backend.client, "Upsert", requests, in_flight))
             backend.check_stored(store.collection_name, nodes)
         return timing
 

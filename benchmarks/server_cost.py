@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -17,11 +18,10 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from benchmarks import ready_made
+from benchmarks import bulk, ready_made
 from benchmarks.backend import Backend
 from benchmarks.corpus import make_nodes
 from benchmarks.measure import alternate, wait_until_quiet
@@ -86,28 +86,13 @@ async def _measure(backend: Backend, server: psutil.Process, count: int, rounds:
     nodes = make_nodes(count, _DIM)
     rows = ready_made.upstream_rows(nodes)
 
-    def through(open_store: Callable[[int], Any]) -> Callable[[], Awaitable[Cost]]:
-        async def measure() -> Cost:
-            async with open_store(_DIM) as store:
-                cost = await _watched(server, lambda: store.async_add(nodes))
-                backend.check_stored(store.collection_name, nodes)
-            return cost
-
-        return measure
-
-    async def ready_made_requests() -> Cost:
-        async with backend.ours(_DIM) as store:
-            requests = ready_made.write_requests(
-                backend.client, store.collection_name, rows, _ROWS_PER_REQUEST, upsert=True
-            )
-            cost = await _watched(server, lambda: ready_made.send(backend.client, "Upsert", requests, _IN_FLIGHT))
-            backend.check_stored(store.collection_name, nodes)
-        return cost
-
+    watched = functools.partial(_watched, server)
     sides = {
-        f"ready-made, {_IN_FLIGHT} x {_ROWS_PER_REQUEST} rows": ready_made_requests,
-        "ours": through(backend.ours),
-        "upstream": through(backend.upstream),
+        f"ready-made, {_IN_FLIGHT} x {_ROWS_PER_REQUEST} rows": bulk.sending(
+            backend, _DIM, nodes, rows, _IN_FLIGHT, _ROWS_PER_REQUEST, measured=watched
+        ),
+        "ours": bulk.writing(backend, backend.ours, _DIM, nodes, bulk.one_call, measured=watched),
+        "upstream": bulk.writing(backend, backend.upstream, _DIM, nodes, bulk.one_call, measured=watched),
     }
     return await alternate(sides, rounds)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from llama_index.core.schema import BaseNode
+from pymilvus.exceptions import MilvusException
 
 _EXAMPLES_IN_MESSAGE = 3
+_UNEXPECTED = 65535  # Milvus's code for what has no other
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,30 @@ class WriteReport:
         return not self.failed and not self.unknown
 
     @classmethod
+    def of(cls, error: BaseException) -> WriteReport | None:
+        """The report that an error carries, or one of the errors behind it; None if there is none.
+
+            except TimeoutError as error:  # of asyncio.timeout around `awrite`
+                report = WriteReport.of(error)
+
+        Whatever ends a write early carries the report in its attribute `report`: a `CancelledError`, a
+        `KeyboardInterrupt`, the error of a failed flush. But `asyncio.timeout`, `asyncio.wait_for`, `asyncio.run` at
+        Ctrl-C, and on Python 3.10 whoever awaits a cancelled task, raise another error, behind which it stands.
+        """
+        waiting: list[BaseException | None] = [error]
+        seen: set[int] = set()
+        while waiting:
+            current = waiting.pop()
+            if current is None or id(current) in seen:
+                continue
+            seen.add(id(current))
+            report = getattr(current, "report", None)
+            if isinstance(report, cls):
+                return report
+            waiting += [*getattr(current, "exceptions", ()), current.__context__, current.__cause__]
+        return None
+
+    @classmethod
     def merged(cls, reports: Iterable[WriteReport], elapsed_seconds: float) -> WriteReport:
         """The report of a write that was made in several parts, given in input order."""
         total = cls(elapsed_seconds=elapsed_seconds)
@@ -81,16 +108,23 @@ class WriteReport:
         )
 
 
-class WriteError(Exception):
+class WriteError(MilvusException):
     """Some nodes were not written; everything that could be written was written first.
+
+    A `MilvusException`, as code written for the plain store expects of `add`.
 
     Attributes:
         report: The `WriteReport` of the write, with the nodes and their errors.
     """
 
     def __init__(self, report: WriteReport) -> None:
-        super().__init__(report)
+        errors = [failed.error for failed in (*report.failed, *report.unknown)]
+        first = next((error for error in errors if isinstance(error, MilvusException)), None)
+        super().__init__(code=_UNEXPECTED if first is None else first.code, message=f"{len(errors)} nodes not written")
         self.report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.report,))
 
     def __str__(self) -> str:
         report = self.report

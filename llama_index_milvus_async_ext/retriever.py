@@ -21,6 +21,7 @@ from llama_index.core.vector_stores.types import (
 )
 from llama_index.vector_stores.milvus import MilvusVectorStore
 
+from llama_index_milvus_async_ext._lane.port import LoopPort, ThreadPort
 from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
 
 _MODES_BY_TEXT = (VectorStoreQueryMode.SPARSE, VectorStoreQueryMode.TEXT_SEARCH)
@@ -112,6 +113,10 @@ class AsyncMilvusRetriever(BaseRetriever):
         Raises:
             Exception: What `aretrieve` raises, for the first question that failed.
         """
+        with self._vector_store.live().held(LoopPort.current()):  # whoever closes the store waits
+            return await self._aretrieved(queries)
+
+    async def _aretrieved(self, queries: Sequence[QueryType]) -> list[list[NodeWithScore]]:
         at_once = asyncio.Semaphore(self._embed_model.num_workers or _CONCURRENT_EMBEDDINGS) if self._embeds else None
 
         async def embedded(query: QueryType) -> QueryBundle:
@@ -125,16 +130,18 @@ class AsyncMilvusRetriever(BaseRetriever):
         return list(await asyncio.gather(*map(self.aretrieve, bundles)))
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        embedding = query_bundle.embedding
-        if self._embeds and embedding is None and query_bundle.embedding_strs:
-            embedding = self._embed_model.get_agg_embedding_from_queries(query_bundle.embedding_strs)
-        query = self._vector_store_query(query_bundle, embedding)
-        return _scored(self._vector_store.query(query, **self._kwargs))
+        with self._vector_store.live().held(ThreadPort()):
+            embedding = query_bundle.embedding
+            if self._embeds and embedding is None and query_bundle.embedding_strs:
+                embedding = self._embed_model.get_agg_embedding_from_queries(query_bundle.embedding_strs)
+            query = self._vector_store_query(query_bundle, embedding)
+            return _scored(self._vector_store.query(query, **self._kwargs))
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        bundle = await self._aembedded(query_bundle)
-        query = self._vector_store_query(bundle, bundle.embedding)
-        return _scored(await self._vector_store.aquery(query, **self._kwargs))
+        with self._vector_store.live().held(LoopPort.current()):
+            bundle = await self._aembedded(query_bundle)
+            query = self._vector_store_query(bundle, bundle.embedding)
+            return _scored(await self._vector_store.aquery(query, **self._kwargs))
 
     @property
     def _embeds(self) -> bool:

@@ -1,21 +1,28 @@
-"""When to try a request again, and what each error means."""
+"""When to try a request again."""
 
 from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-import grpc
-from pymilvus.exceptions import DataNotMatchException, MilvusException, ParamError
+import tenacity
+from tenacity import RetryCallState
+
+# The pause after an overload, as a part of `max_backoff_seconds`: the limit has slowed the lane down already. A
+# rejection costs the server little, and a quota is given out by the second: a long pause would leave some of it unused.
+_OVERLOAD_PAUSE_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
     """How often, how fast and for how long a failed request is sent again.
 
-    `RetryPolicy()` suits a server that restarts now and then; `RetryPolicy(max_attempts=1)` never repeats a request.
+        RetryPolicy()                                    # suits a server that restarts now and then
+        RetryPolicy(max_attempts=1)                      # never repeats a request
+        RetryPolicy(stop=tenacity.stop_after_delay(60), wait=tenacity.wait_fixed(1))
 
     The pause before attempt n is drawn at random between 0 and
     `min(max_backoff_seconds, initial_backoff_seconds * 2**(n - 1))`, so that many clients don't come back together.
@@ -32,12 +39,18 @@ class RetryPolicy:
             included; a last attempt has at least 0.1 seconds, and may outlive the deadline by that. A long write that
             moves on never meets it. The default outlasts a restart of a Milvus standalone server, measured at 26 to 31
             seconds until its collections are served again.
+        stop: One of tenacity's `stop` objects, in place of `max_attempts`. It is asked after each failed request, an
+            overload too, and sees its number, the error, and the seconds since the first one. The deadline holds all
+            the same.
+        wait: One of tenacity's `wait` objects, in place of the random pauses.
     """
 
     max_attempts: int = 50
     initial_backoff_seconds: float = 0.1
     max_backoff_seconds: float = 5.0
     deadline_seconds: float = 120.0
+    stop: Callable[[RetryCallState], bool] | None = None
+    wait: Callable[[RetryCallState], float] | None = None
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
@@ -49,6 +62,24 @@ class RetryPolicy:
             )
         if not 0 < self.deadline_seconds < math.inf:
             raise ValueError(f"deadline_seconds must be positive and finite, got {self.deadline_seconds}")
+        for name, given in (("stop", self.stop), ("wait", self.wait)):
+            if given is not None and not callable(given):
+                raise TypeError(f"{name} must be one of tenacity's {name} objects, got {type(given).__name__}")
+
+    def next_pause(self, attempts: Attempts) -> float | None:
+        """Seconds to wait before the next attempt; None if there is to be none."""
+        overloaded = attempts.verdict is Verdict.OVERLOAD
+        state = attempts.state(attempts.made if self.stop is not None else max(attempts.counted, 1))
+        stop = self.stop or (tenacity.stop_never if overloaded else tenacity.stop_after_attempt(self.max_attempts))
+        if stop(state):
+            return None
+        if self.wait is not None:
+            return max(float(self.wait(attempts.state(attempts.made))), 0.0)
+        if overloaded:
+            return float(tenacity.wait_random(0, self.max_backoff_seconds * _OVERLOAD_PAUSE_SHARE)(state))
+        by_number = attempts.state(max(attempts.counted, 1))
+        wait = tenacity.wait_random_exponential(multiplier=self.initial_backoff_seconds, max=self.max_backoff_seconds)
+        return float(wait(by_number))
 
 
 class Verdict(enum.Enum):
@@ -59,121 +90,61 @@ class Verdict(enum.Enum):
     PERMANENT = "no item of the batch will ever be accepted"
     TRANSIENT = "not executed, worth another try"
     OVERLOAD = "rejected unexecuted because there is too much: slow down, then try again"
+    FULL = "not executed, and no use to try again before somebody makes room"
     AMBIGUOUS = "it may or may not have been executed"
+    UNEXPECTED = "it may have been executed, and to try again would meet the same defect"
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether the request is sent again without anybody's doing."""
+        return self in _REPEATED
 
     @property
     def retryable(self) -> bool:
         """Whether the same request may succeed later."""
-        return self in _RETRYABLE
-
-
-_RETRYABLE = frozenset({Verdict.TRANSIENT, Verdict.OVERLOAD, Verdict.AMBIGUOUS})
-
-
-class RpcFailure(MilvusException):
-    """A request that gRPC failed to carry: picklable, unlike gRPC's own errors, and free of request contents.
-
-    Attributes:
-        status: Name of the gRPC status, such as "UNAVAILABLE".
-        sent: False if the request certainly never left, as no connection could be made.
-    """
-
-    def __init__(self, status: str = "UNKNOWN", details: str = "", sent: bool = True) -> None:
-        super().__init__(code=2, message=f"{status}: {details}")
-        self.status = status
-        self.details = details
-        self.sent = sent
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.status, self.details, self.sent))
-
-    @classmethod
-    def cause_of(cls, error: BaseException) -> RpcFailure | None:
-        """What gRPC said, if that is behind an error of pymilvus's, which may hide it under a code of its own."""
-        # pymilvus re-raises an error "from" itself: then it is its own cause, and what it hides is only its context.
-        seen: set[int] = set()
-        cause: BaseException | None = error
-        while cause is not None and id(cause) not in seen:
-            if isinstance(cause, grpc.RpcError):
-                return cls.from_grpc(cause)
-            seen.add(id(cause))
-            cause = cause.__cause__ if cause.__cause__ not in (None, cause) else cause.__context__
-        return None
-
-    @classmethod
-    def from_grpc(cls, error: grpc.RpcError) -> RpcFailure:
-        """Keep of a gRPC error what tells its meaning."""
-        call: Any = error
-        details = call.details() or ""
-        # gRPC has one code for "no connection" and "connection lost"; only its wording tells that nothing was sent.
-        # An unknown wording counts as sent, which is the safe side.
-        unsent = call.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect to all addresses" in details
-        return cls(call.code().name, details, sent=not unsent)
-
-
-class StatusFailure(MilvusException):
-    """A request that Milvus answered with an error status."""
-
-    def __init__(self, code: int = 1, message: str = "", compatible_code: int = 1, retriable: bool = False) -> None:
-        super().__init__(code=code, message=message, compatible_code=compatible_code)
-        self.retriable = retriable
+        return self in _REPEATED or self is Verdict.FULL
 
     @property
-    def schema_is_stale(self) -> bool:
-        """Whether the collection's schema has changed since it was asked for."""
-        return bool(self.compatible_code == _COMPATIBLE_SCHEMA_MISMATCH)
+    def is_about_items(self) -> bool:
+        """Whether a part of the request may succeed where the whole did not."""
+        return self is Verdict.BAD_DATA or self is Verdict.TOO_LARGE
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.code, self.message, self.compatible_code, self.retriable))
-
-
-_BY_GRPC_STATUS = {
-    "UNAVAILABLE": Verdict.AMBIGUOUS,
-    "DEADLINE_EXCEEDED": Verdict.AMBIGUOUS,
-    "CANCELLED": Verdict.AMBIGUOUS,
-    "ABORTED": Verdict.AMBIGUOUS,
-    "INTERNAL": Verdict.AMBIGUOUS,
-    "UNKNOWN": Verdict.AMBIGUOUS,
-    "INVALID_ARGUMENT": Verdict.BAD_DATA,
-    "OUT_OF_RANGE": Verdict.BAD_DATA,
-}
-
-# Milvus' own codes (pkg/util/merr of milvus 2.3 to 2.6). What is not listed is about the data of the request.
-_OVERLOAD_CODES = frozenset({3, 4, 7, 8, 9})  # memory, requests, disk, rate limit, writes denied
-_TRANSIENT_CODES = frozenset({2, 101, 103, 106, 400, 401, 500, 501, 502, 503, 600, 601, 603, 901, 902})
-_PERMANENT_CODES = frozenset({100, 102, 200, 700, 800, 801, 1400, 1401, 1600})  # a thing that does not exist
-_COMPATIBLE_OVERLOAD_CODES = frozenset({48, 49, 53, 54})  # the older numbers: denied, rate limit, memory, disk
-# Not ready (twice), and a schema that has changed since it was asked for. Code 1 alone won't do: Milvus means "not
-# ready" by it, Milvus Lite everything that it did not expect, a bad query for one.
-_COMPATIBLE_SCHEMA_MISMATCH = 62
-_COMPATIBLE_TRANSIENT_CODES = frozenset({56, 57, _COMPATIBLE_SCHEMA_MISMATCH})
-COLLECTION_NOT_FOUND = 100
-COLLECTION_NOT_LOADED = 101
+    @property
+    def may_have_been_executed(self) -> bool:
+        """Whether the server may have done what was asked."""
+        return self is Verdict.AMBIGUOUS or self is Verdict.UNEXPECTED
 
 
-def classify(error: BaseException) -> Verdict:
-    """Tell what an error means, by its type and code."""
-    if isinstance(error, RpcFailure):
-        if not error.sent:
-            return Verdict.TRANSIENT
-        if error.status == "RESOURCE_EXHAUSTED":
-            # One gRPC code for two causes; gRPC words its size limits so in every language.
-            return Verdict.TOO_LARGE if "larger than max" in error.details else Verdict.OVERLOAD
-        return _BY_GRPC_STATUS.get(error.status, Verdict.PERMANENT)
-    if isinstance(error, (DataNotMatchException, ParamError)):
-        return Verdict.BAD_DATA
-    if isinstance(error, MilvusException):
-        code, compatible = error.code, error.compatible_code
-        if code in _OVERLOAD_CODES or compatible in _COMPATIBLE_OVERLOAD_CODES:
-            return Verdict.OVERLOAD
-        if code in _PERMANENT_CODES:
-            return Verdict.PERMANENT
-        retriable = code in _TRANSIENT_CODES or compatible in _COMPATIBLE_TRANSIENT_CODES
-        if retriable or getattr(error, "retriable", False):
-            return Verdict.TRANSIENT
-        return Verdict.BAD_DATA
-    if isinstance(error, grpc.RpcError):
-        return classify(RpcFailure.from_grpc(error))
-    if isinstance(error, (ValueError, TypeError, KeyError)):
-        return Verdict.BAD_DATA
-    return Verdict.PERMANENT
+_REPEATED = frozenset({Verdict.TRANSIENT, Verdict.OVERLOAD, Verdict.AMBIGUOUS})
+
+
+class Attempts(NamedTuple):
+    """The attempts at one request so far.
+
+    Attributes:
+        counted: Those that were not rejected for overload.
+        made: All of them.
+        first_at: When the first one was sent.
+        now: When the last one ended.
+        idle_seconds: Pauses between them.
+        error: How the last one ended.
+        verdict: What that means.
+    """
+
+    counted: int
+    made: int
+    first_at: float
+    now: float
+    idle_seconds: float
+    error: BaseException
+    verdict: Verdict
+
+    def state(self, number: int) -> RetryCallState:
+        """What tenacity's `stop` and `wait` look at, made from times that came in, not from a clock."""
+        state = RetryCallState(tenacity.Retrying(), None, (), {})
+        state.attempt_number = number
+        state.start_time = self.first_at
+        state.idle_for = self.idle_seconds
+        state.outcome = tenacity.Future.construct(number, self.error, True)
+        state.outcome_timestamp = self.now
+        return state

@@ -9,7 +9,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,8 +20,11 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index_instrumentation import get_dispatcher
 from tqdm import tqdm
 
-from llama_index_milvus_async_ext._io import IoThread
-from llama_index_milvus_async_ext._vectors import set_embedding
+from llama_index_milvus_async_ext._lane.port import LoopPort, Port, ThreadPort
+from llama_index_milvus_async_ext._lane.thread import IoThread
+from llama_index_milvus_async_ext._milvus.session import Connected
+from llama_index_milvus_async_ext._nodes.vectors import set_embedding
+from llama_index_milvus_async_ext._store.writing import PendingWrite, Write
 from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
 
@@ -101,24 +103,26 @@ class AsyncMilvusWriter(TransformComponent):
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Write nodes, blocking; see the class."""
         started = time.perf_counter()
-        store = self.vector_store
+        connected = self.vector_store.live()
+        port = ThreadPort()
         handed_over = _HandedOver(self._least_nodes())
-        pending: list[Future[WriteReport]] = []
-        with self._bar(nodes) as bar:
-            try:
-                with self._taking_turns():
-                    for part in self._parts(nodes):
-                        part.embed_with(self._embed)
-                        ready = handed_over.ready_after(part, all(written.done() for written in reversed(pending)))
-                        if ready is not None:
-                            pending.append(store.start_write(ready.nodes))
-                            pending[-1].add_done_callback(ready.counted_on(bar))
-                reports = [written.result() for written in pending]
-            except BaseException:
-                for written in pending:
-                    written.cancel()
-                raise
-        return self._finish(nodes, handed_over.parts, reports, started)
+        pending: list[PendingWrite] = []
+        try:
+            with connected.held(port), self._bar(nodes) as bar, self._taking_turns():
+                for part in self._parts(nodes):
+                    part.embed_with(self._embed)
+                    ready = handed_over.ready_after(part, all(written.done() for written in reversed(pending)))
+                    if ready is not None:
+                        pending.append(PendingWrite(self.vector_store, connected, ready.nodes))
+                for written, ready in zip(pending, handed_over.parts, strict=True):
+                    ready.report = written.result()
+                    bar.update(len(ready.nodes))
+        except BaseException as interruption:
+            for written, ready in zip(pending, handed_over.parts, strict=False):
+                ready.report = ready.report or written.cancel()
+            interruption.report = self._note(handed_over.parts, started)  # type: ignore[attr-defined]
+            raise
+        return self._finish(nodes, handed_over.parts, started)
 
     @dispatcher.span
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
@@ -127,28 +131,29 @@ class AsyncMilvusWriter(TransformComponent):
         If the call is cancelled, `last_report` tells what became of the nodes that had been handed to the store.
         """
         started = time.perf_counter()
-        store = self.vector_store
+        connected = self.vector_store.live()
+        port = LoopPort.current()
         handed_over = _HandedOver(self._least_nodes())
-        pending: list[asyncio.Task[WriteReport]] = []
-        with self._bar(nodes) as bar:
-            try:
+        pending: list[asyncio.Task[None]] = []
+        try:
+            with connected.held(port), self._bar(nodes) as bar:
                 with self._taking_turns():
                     async with contextlib.aclosing(self._aembedded(self._parts(nodes))) as embedded:
                         async for part in embedded:
                             ready = handed_over.ready_after(part, all(task.done() for task in reversed(pending)))
                             if ready is not None:
-                                pending.append(asyncio.create_task(ready.awrite(store)))
+                                write = ready.awrite(self.vector_store, connected, port)
+                                pending.append(asyncio.create_task(write))
                                 pending[-1].add_done_callback(ready.counted_on(bar))
                                 await _turns()  # before an embedding model may block this loop
-                reports = await asyncio.gather(*pending)
-            except BaseException:
-                for task in pending:
-                    task.cancel()
-                await asyncio.gather(*pending, return_exceptions=True)
-                known = [part.report for part in handed_over.parts if part.report is not None]
-                self._last_report = WriteReport.merged(known, time.perf_counter() - started)
-                raise
-        return self._finish(nodes, handed_over.parts, reports, started)
+                await asyncio.gather(*pending)
+        except BaseException as interruption:
+            for task in pending:
+                task.cancel()
+            await _all_ended(pending)
+            interruption.report = self._note(handed_over.parts, started)  # type: ignore[attr-defined]
+            raise
+        return self._finish(nodes, handed_over.parts, started)
 
     async def _aembedded(self, parts: list[_Part]) -> AsyncGenerator[_Part, None]:
         """The parts in their order, each once it is embedded; the next one is with the model by then."""
@@ -171,11 +176,14 @@ class AsyncMilvusWriter(TransformComponent):
                 task.cancel()
             await asyncio.gather(*(task for _, task in embedding), return_exceptions=True)
 
-    def _finish(
-        self, nodes: Sequence[BaseNode], parts: Sequence[_Part], reports: Sequence[WriteReport], started: float
-    ) -> Sequence[BaseNode]:
-        reports = [part.explained(report) for part, report in zip(parts, reports, strict=True)]
-        report = self._last_report = WriteReport.merged(reports, time.perf_counter() - started)
+    def _note(self, parts: Sequence[_Part], started: float) -> WriteReport:
+        """What is known of the parts, kept as the last report."""
+        known = [part.explained() for part in parts if part.report is not None]
+        self._last_report = WriteReport.merged(known, time.perf_counter() - started)
+        return self._last_report
+
+    def _finish(self, nodes: Sequence[BaseNode], parts: Sequence[_Part], started: float) -> Sequence[BaseNode]:
+        report = self._note(parts, started)
         if self.on_failure == "raise":
             report.raise_for_failures()
         return nodes
@@ -259,14 +267,13 @@ class _Part:
         self.nodes += other.nodes
         self.errors |= other.errors
 
-    async def awrite(self, store: AsyncMilvusVectorStore) -> WriteReport:
-        """Write the part; the report is kept if the call is cancelled, too."""
+    async def awrite(self, store: AsyncMilvusVectorStore, connected: Connected, port: Port) -> None:
+        """Write the part; the report is kept if the call is interrupted, too."""
         try:
-            self.report = await store.awrite(self.nodes)
-        except asyncio.CancelledError as cancelled:
-            self.report = getattr(cancelled, "report", None)
+            self.report = await Write(store, connected, port, self.nodes).run()
+        except BaseException as interruption:
+            self.report = getattr(interruption, "report", None)
             raise
-        return self.report
 
     def embed_with(self, embed: Callable[[list[str]], list[list[float]]]) -> None:
         """Embed what is missing. A failure is kept: it costs these nodes, and no others."""
@@ -288,8 +295,10 @@ class _Part:
         """A callback that moves a progress bar on by this part."""
         return lambda _: bar.update(len(self.nodes))
 
-    def explained(self, report: WriteReport) -> WriteReport:
+    def explained(self) -> WriteReport:
         """The report, with the embedding model's error where the store could only say that there is no embedding."""
+        report = self.report
+        assert report is not None
         if not self.errors:
             return report
         failed = [
@@ -332,6 +341,16 @@ class _HandedOver:
         ready, self._gathered = self._gathered, None
         self.parts.append(ready)
         return ready
+
+
+async def _all_ended(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Wait for cancelled tasks, also if this one is cancelled again and again."""
+    while not all(task.done() for task in tasks):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # looked at: the first one has been raised
 
 
 async def _turns() -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from llama_index_milvus_async_ext import AsyncMilvusVectorStore, _wire
-from llama_index_milvus_async_ext._rows import RowEncoder
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore
+from llama_index_milvus_async_ext._milvus.schema import Schema
+from llama_index_milvus_async_ext._milvus.write_request import write_request
+from llama_index_milvus_async_ext._nodes.rows import RowEncoder
 from tests.conftest import MakeNodes
 from tests.servers import MilvusServer
 
@@ -28,10 +30,10 @@ async def test_sixty_four_writers_use_the_whole_quota(tmp_path: Path, make_nodes
         node.text = "x" * 1_000
     with MilvusServer(tmp_path, extra_config={"quotaAndLimits": {"enabled": True, "dml": rates}}) as server:
         async with AsyncMilvusVectorStore(uri=server.uri, collection_name="quota", dim=DIM) as store:
-            schema = _wire.Schema(store.client.describe_collection("quota"))
+            schema = Schema(store.client.describe_collection("quota"))
             encoder = RowEncoder(schema, text_key="text", doc_id_field="doc_id", embedding_field="embedding")
             sample = [encoder.encode(node)[0] for node in nodes[:100]]
-            request = _wire.write_request("quota", "", schema, sample, upsert=True)
+            request = write_request("quota", "", schema, sample, upsert=True)
             mebibytes = len(request) / 100 * len(nodes) / 2**20
             samples: list[int] = []
 

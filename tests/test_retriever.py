@@ -19,7 +19,7 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index.vector_stores.milvus.utils import BaseSparseEmbeddingFunction, BM25BuiltInFunction
 
 from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore
-from llama_index_milvus_async_ext._wire import Connection
+from llama_index_milvus_async_ext._milvus.connection import Connection
 from tests.conftest import Backend
 from tests.corpus import documents, stdlib_nodes
 from tests.embedding import HashEmbedding

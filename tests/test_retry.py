@@ -10,12 +10,23 @@ import grpc
 import pytest
 from pymilvus import MilvusClient
 from pymilvus.exceptions import DataNotMatchException, MilvusException, ParamError
+from pymilvus.grpc_gen import common_pb2
 
-from llama_index_milvus_async_ext import RetryPolicy
-from llama_index_milvus_async_ext.retry import RpcFailure, StatusFailure, Verdict, classify
-from tests.conftest import Backend
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy
+from llama_index_milvus_async_ext._milvus.codes import CODES
+from llama_index_milvus_async_ext._milvus.errors import (
+    QueryError,
+    QueryMismatchError,
+    RpcFailure,
+    SchemaMismatchError,
+    StatusFailure,
+    classify,
+    fresh,
+)
+from llama_index_milvus_async_ext.retry import Verdict
+from tests.conftest import Backend, MakeNodes, lite_address
 from tests.fault_proxy import FaultProxy
-from tests.faults import Refuse
+from tests.faults import First, MilvusError, Refuse
 
 
 @pytest.mark.parametrize(
@@ -33,16 +44,33 @@ from tests.faults import Refuse
         (StatusFailure(9, "denied", 48), Verdict.OVERLOAD),
         (StatusFailure(101, "not loaded"), Verdict.TRANSIENT),
         (StatusFailure(1, "not ready", 56), Verdict.TRANSIENT),
-        (StatusFailure(5, "internal", retriable=True), Verdict.TRANSIENT),
-        (StatusFailure(65535, "schema", 62), Verdict.TRANSIENT),
+        (StatusFailure(0, "not ready, in the old numbers alone", 56), Verdict.TRANSIENT),
+        (StatusFailure(0, "what no old number fits", 1), Verdict.BAD_DATA),
+        (StatusFailure(2, "unavailable, perhaps in the middle of it"), Verdict.AMBIGUOUS),
+        (StatusFailure(5, "internal"), Verdict.AMBIGUOUS),
+        (StatusFailure(109, "schema", 62), Verdict.AMBIGUOUS),
+        (StatusFailure(65535, "schema", 62), Verdict.AMBIGUOUS),
+        (StatusFailure(1302, "message queue"), Verdict.AMBIGUOUS),
+        (StatusFailure(10001, "timed out"), Verdict.AMBIGUOUS),
+        (StatusFailure(4242, "a code of the future"), Verdict.AMBIGUOUS),
+        (StatusFailure(4242, "a code of the future", blames_input=True), Verdict.BAD_DATA),
+        (StatusFailure(65535, "Milvus itself would try again", may_be_retried=True), Verdict.AMBIGUOUS),
+        (StatusFailure(1102, "too large"), Verdict.TOO_LARGE),
+        (StatusFailure(7, "disk quota"), Verdict.FULL),
         (StatusFailure(100, "no collection"), Verdict.PERMANENT),
-        (StatusFailure(1, "what Lite did not expect"), Verdict.BAD_DATA),
+        (StatusFailure(1, "what Lite did not expect", 0), Verdict.BAD_DATA),
+        (StatusFailure(1, "[Errno 28] No space left on device", 0), Verdict.FULL),
+        (StatusFailure(1, "[Errno 5] Input/output error", 0), Verdict.AMBIGUOUS),
+        (StatusFailure(6, "what Lite can't read", 6), Verdict.BAD_DATA),
         (StatusFailure(1100, "bad"), Verdict.BAD_DATA),
         (StatusFailure(65535, "bad"), Verdict.BAD_DATA),
+        (MilvusException(message="wait for loading collection timeout"), Verdict.AMBIGUOUS),
+        (QueryError("bad"), Verdict.BAD_DATA),
+        (QueryMismatchError("bad"), Verdict.BAD_DATA),
         (DataNotMatchException(message="bad"), Verdict.BAD_DATA),
         (ParamError(message="bad"), Verdict.BAD_DATA),
         (ValueError("bad"), Verdict.BAD_DATA),
-        (RuntimeError("a defect"), Verdict.PERMANENT),
+        (RuntimeError("a defect"), Verdict.UNEXPECTED),
     ],
 )
 def test_errors_are_told_apart_by_type_and_code(error: Exception, verdict: Verdict) -> None:
@@ -67,6 +95,84 @@ def test_the_cause_is_found_where_pymilvus_hides_it(backend: Backend) -> None:
     alone = MilvusException(code=7, message="no gRPC error behind")
     alone.__cause__ = alone
     assert RpcFailure.cause_of(alone) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"), [(10001, "context deadline exceeded"), (1302, "message queue"), (5, "internal"), (4242, "new")]
+)
+def test_what_is_no_fault_of_the_data_is_tried_again(
+    lite_uri: str, collection_name: str, make_nodes: MakeNodes, code: int, reason: str
+) -> None:
+    with FaultProxy(lite_address(lite_uri)) as proxy:
+        quick = RetryPolicy(initial_backoff_seconds=0.001, max_backoff_seconds=0.01)
+        store = AsyncMilvusVectorStore(uri=proxy.uri, collection_name=collection_name, dim=8, retry=quick)
+        proxy.script(MilvusError(code, reason), method=("Insert", "Upsert"), on=First(2))
+        report = store.write(make_nodes(3))
+        assert (len(report.written), report.retries) == (3, 2)
+        store.close()
+
+
+def test_each_code_is_told_apart_once() -> None:
+    assert len({each.code for each in CODES}) == len(CODES)
+    for each in CODES:
+        assert classify(StatusFailure(each.code, each.name)) is each.verdict
+
+
+def test_a_failure_says_what_the_status_said() -> None:
+    status = common_pb2.Status(code=2201, reason="bad plan", error_code=1, retriable=False)
+    status.extra_info["is_input_error"] = "true"
+    failure = StatusFailure.of(status)
+    assert (failure.code, failure.message, failure.compatible_code) == (2201, "bad plan", 1)
+    assert failure.blames_input and not failure.may_be_retried and not failure.schema_is_stale
+    assert StatusFailure.of(common_pb2.Status(code=109, error_code=62)).schema_is_stale
+
+
+def test_a_refused_query_is_caught_as_with_the_plain_store() -> None:
+    for error in (QueryError("why"), QueryMismatchError("why")):
+        assert isinstance(error, MilvusException) and isinstance(error, ValueError)
+        assert str(error) == "why" and error.code == 1100
+        assert isinstance(error, SchemaMismatchError) == (type(error) is QueryMismatchError)
+
+
+def a_raised_error() -> Exception:
+    try:
+        try:
+            raise RpcFailure("UNAVAILABLE", "lost")
+        except RpcFailure as cause:
+            raise StatusFailure(8, "rate limit", 49) from cause
+    except StatusFailure as error:
+        return error
+
+
+def test_a_fresh_error_says_the_same_and_holds_no_frames() -> None:
+    shared = a_raised_error()
+    copied = fresh(shared)
+    assert copied is not shared and repr(copied) == repr(shared) and classify(copied) is Verdict.OVERLOAD
+    assert isinstance(copied.__cause__, RpcFailure) and copied.__cause__.status == "UNAVAILABLE"
+    for error in (copied, copied.__cause__):
+        assert error.__traceback__ is None and error.__context__ is None
+    assert shared.__traceback__ is not None, "the shared one is left alone"
+
+
+def test_an_error_that_cannot_be_copied_is_handed_on_itself() -> None:
+    class TwoPartError(Exception):
+        def __init__(self, one: str, two: str) -> None:
+            super().__init__(f"{one} {two}")
+
+    odd = TwoPartError("a", "b")
+    assert fresh(odd) is odd
+    own_cause = MilvusException(code=8, message="raised from itself")
+    own_cause.__cause__ = own_cause
+    assert str(fresh(own_cause)) == str(own_cause) and fresh(own_cause).__cause__ is None
+    noted = ValueError("x")
+    noted.__cause__ = odd
+    assert fresh(noted).__cause__ is None
+
+
+def test_newer_pymilvus_may_call_a_property_retriable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MilvusException, "retriable", property(lambda self: True), raising=False)
+    failure = StatusFailure(65535, "bad", may_be_retried=False)
+    assert classify(copy.copy(failure)) is Verdict.BAD_DATA
 
 
 @pytest.mark.parametrize(

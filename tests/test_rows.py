@@ -29,9 +29,14 @@ from pymilvus.client.blob import vector_float_to_bytes
 from pymilvus.client.prepare import Prepare
 from pymilvus.grpc_gen import milvus_pb2
 
-from llama_index_milvus_async_ext import _node_json, _search, _vectors, _wire
-from llama_index_milvus_async_ext._rows import MAX_DYNAMIC_BYTES, RowEncoder
-from llama_index_milvus_async_ext._wire import Schema
+from llama_index_milvus_async_ext._milvus import write_request as writes
+from llama_index_milvus_async_ext._milvus.errors import SchemaMismatchError
+from llama_index_milvus_async_ext._milvus.schema import Row, Schema
+from llama_index_milvus_async_ext._milvus.search_request import SearchGroup, search_request
+from llama_index_milvus_async_ext._nodes.node_json import NodeJson
+from llama_index_milvus_async_ext._nodes.rows import MAX_DYNAMIC_BYTES, RowEncoder
+from llama_index_milvus_async_ext._nodes.stored import found_node
+from llama_index_milvus_async_ext._nodes.vectors import pack, set_embedding
 
 DIM = 4
 
@@ -107,10 +112,8 @@ def test_requests_equal_those_of_upstream_and_pymilvus(batch: list[BaseNode], up
     theirs = upstream_rows(batch)
     through_json = [orjson.loads(orjson.dumps(entity)) for entity in theirs]
     assert [row.entity for row in ours] == through_json
-    reference = _wire._pymilvus_request(
-        "c", partition, schema, [_wire.Row(entity, b"", None) for entity in theirs], upsert
-    )
-    request = _wire._columnar_request("c", partition, schema, ours, upsert)
+    reference = writes._pymilvus_request("c", partition, schema, [Row(entity, b"", None) for entity in theirs], upsert)
+    request = writes._columnar_request("c", partition, schema, ours, upsert)
     assert type(reference).FromString(request) == reference
     assert request == reference.SerializeToString(deterministic=True)
 
@@ -134,7 +137,7 @@ def test_plain_nodes_are_written_as_pydantic_writes_them(node: TextNode, text_ke
         pass
 
     other = Other(**dict(node.__dict__))
-    json = _node_json.NodeJson(text_key)
+    json = NodeJson(text_key)
     assert json.stored(node) == json.stored(other)
 
 
@@ -163,15 +166,15 @@ alike_relations = st.builds(
     )
 )
 def test_a_relationship_that_only_equals_the_one_before_is_written_anew(relationships: list[dict[Any, Any]]) -> None:
-    json = _node_json.NodeJson("text")
+    json = NodeJson("text")
     for related_to in relationships:
         node = TextNode(id_="n", text="t", relationships=related_to)
-        assert json.stored(node) == _node_json.NodeJson("text").stored(node)
+        assert json.stored(node) == NodeJson("text").stored(node)
 
 
 def test_a_relationship_whose_metadata_is_changed_in_place_is_written_anew() -> None:
     source = RelatedNodeInfo(node_id="d", metadata={"a": 1})
-    json = _node_json.NodeJson("text")
+    json = NodeJson("text")
     for value in (1, 2, True):
         source.metadata["a"] = value
         written, _, _ = json.stored(TextNode(id_="n", relationships={NodeRelationship.SOURCE: source}))
@@ -200,9 +203,9 @@ def test_scalar_and_sparse_columns_are_encoded_as_pymilvus_does(batch: list[Base
         }
     sparse = {1: 0.5, 70: 0.25}
     rows = [encoder(schema, sparse_field="sparse").encode(node, sparse)[0] for node in batch]
-    request = _wire.write_request("c", "", schema, rows, upsert=True)
+    request = writes.write_request("c", "", schema, rows, upsert=True)
     assert schema.fast, "the quick way is taken"
-    assert milvus_pb2.UpsertRequest.FromString(request) == _wire._pymilvus_request("c", "", schema, rows, True)
+    assert milvus_pb2.UpsertRequest.FromString(request) == writes._pymilvus_request("c", "", schema, rows, True)
 
 
 def test_a_schema_that_the_encoder_does_not_know_goes_through_pymilvus() -> None:
@@ -210,17 +213,17 @@ def test_a_schema_that_the_encoder_does_not_know_goes_through_pymilvus() -> None
     schema = Schema(nullable)
     assert schema.fast is False
     row, _ = encoder(schema).encode(a_node())
-    request = _wire.write_request("c", "", schema, [row], True)
-    assert milvus_pb2.UpsertRequest.FromString(request) == _wire._pymilvus_request("c", "", schema, [row], True)
+    request = writes.write_request("c", "", schema, [row], True)
+    assert milvus_pb2.UpsertRequest.FromString(request) == writes._pymilvus_request("c", "", schema, [row], True)
 
 
 def test_an_encoder_that_differs_from_pymilvus_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     schema = Schema(described())
-    monkeypatch.setattr(_wire, "DYNAMIC_FIELD", "$other")
+    monkeypatch.setattr(writes, "DYNAMIC_FIELD", "$other")
     row, _ = encoder(schema).encode(a_node())
-    request = _wire.write_request("c", "", schema, [row], True)
+    request = writes.write_request("c", "", schema, [row], True)
     assert schema.fast is False
-    assert request == _wire._pymilvus_request("c", "", schema, [row], True).SerializeToString()
+    assert request == writes._pymilvus_request("c", "", schema, [row], True).SerializeToString()
 
 
 def a_node(**changes: Any) -> TextNode:
@@ -249,6 +252,8 @@ def test_a_bad_node_is_named_with_what_is_wrong(changes: dict[str, Any], says: s
         encoder(Schema(described())).encode(a_node(**changes))
     assert says in str(refused.value)
     assert len(str(refused.value)) < 400
+    # Whether the collection, if it is another by now, may take it.
+    assert isinstance(refused.value, SchemaMismatchError) == ("dimensions" in says or "UTF-8" in says)
 
 
 @pytest.mark.parametrize(
@@ -257,8 +262,34 @@ def test_a_bad_node_is_named_with_what_is_wrong(changes: dict[str, Any], says: s
 def test_a_value_that_its_column_does_not_take_is_named(value: Any, says: str) -> None:
     schema = Schema(described(FieldSchema("year", DataType.INT32)))
     metadata = {} if value is None else {"year": value}
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(SchemaMismatchError, match=says):
         encoder(schema).encode(a_node(metadata=metadata))
+
+
+@pytest.mark.parametrize(
+    ("key", "upsert", "says"),
+    [
+        (FieldSchema("id", DataType.INT64, is_primary=True), False, "id is a text, and .* 'id' is of type INT64"),
+        (FieldSchema("id", DataType.INT64, is_primary=True, auto_id=True), False, "makes its primary keys"),
+        (FieldSchema("pk", DataType.INT64, is_primary=True, auto_id=True), True, "makes its primary keys"),
+        (FieldSchema("pk", DataType.INT64, is_primary=True), True, "no 'pk', which is the primary key"),
+    ],
+)
+def test_a_primary_key_that_no_node_can_have_is_named(key: FieldSchema, upsert: bool, says: str) -> None:
+    fields = [key, FieldSchema("embedding", DataType.FLOAT_VECTOR, dim=DIM)]
+    schema = Schema(CollectionSchema(fields, enable_dynamic_field=True).to_dict())
+    with pytest.raises(SchemaMismatchError, match=says):
+        encoder(schema, upsert=upsert).encode(a_node())
+
+
+def test_a_key_of_another_name_is_taken_from_the_metadata_as_upstream_does() -> None:
+    fields = [
+        FieldSchema("pk", DataType.INT64, is_primary=True),
+        FieldSchema("embedding", DataType.FLOAT_VECTOR, dim=DIM),
+    ]
+    schema = Schema(CollectionSchema(fields, enable_dynamic_field=True).to_dict())
+    row, _ = encoder(schema).encode(a_node(metadata={"pk": 17}))
+    assert row.columns["pk"] == 17
 
 
 @settings(max_examples=200, deadline=None)
@@ -267,11 +298,11 @@ def test_vectors_are_packed_as_pymilvus_packs_them_or_refused(vector: list[float
     with np.errstate(over="ignore"):
         fits = bool(np.isfinite(np.array(vector).astype(np.float32)).all())
     if fits:
-        assert _vectors.pack(vector) == vector_float_to_bytes(vector)
+        assert pack(vector) == vector_float_to_bytes(vector)
     else:
         problem = "does not fit float32" if np.isfinite(vector).all() else "NaN or infinity"
         with pytest.raises(ValueError, match=problem):
-            _vectors.pack(vector)
+            pack(vector)
 
 
 @given(
@@ -286,9 +317,9 @@ def test_a_node_is_given_its_embedding_as_by_assignment(kind: Any, numbers: list
         assigned.embedding = embedding
     except ValueError:
         with pytest.raises(ValueError):
-            _vectors.set_embedding(given_, embedding)
+            set_embedding(given_, embedding)
         return
-    _vectors.set_embedding(given_, embedding)
+    set_embedding(given_, embedding)
     assert given_.embedding == assigned.embedding
     assert given_.embedding is not embedding, "the node's own"
     assert given_.model_fields_set == assigned.model_fields_set
@@ -305,7 +336,7 @@ vectors = st.lists(
 @settings(max_examples=50, deadline=None)
 @given(vectors, st.integers(1, 100), st.sampled_from(["", 'color == "red"']))
 def test_search_requests_equal_those_of_pymilvus(queries: list[list[float]], limit: int, expression: str) -> None:
-    group = _wire.SearchGroup(
+    group = SearchGroup(
         collection="c",
         field_name="embedding",
         limit=limit,
@@ -313,7 +344,7 @@ def test_search_requests_equal_those_of_pymilvus(queries: list[list[float]], lim
         output_fields=("text", "_node_content"),
         search_params=orjson.dumps({"metric_type": "IP", "params": {"ef": 10}}),
     )
-    request = _wire.search_request(group, [_vectors.pack(query) for query in queries], session_timestamp=5)
+    request = search_request(group, [pack(query) for query in queries], session_timestamp=5)
     assert request == Prepare.search_requests_with_expr(
         collection_name="c",
         data=queries,
@@ -353,6 +384,6 @@ def test_stored_nodes_are_built_as_upstream_builds_them(node: BaseNode) -> None:
     store: Any = SimpleNamespace(output_fields=[], text_key="text")
     reference = metadata_dict_to_node(stored)
     reference.set_content(row.entity["text"])
-    built = _search._node(store, node.node_id, entity)
+    built = found_node(store, node.node_id, entity)
     assert type(built) is type(reference)
     assert built.model_dump() == reference.model_dump() or "nan" in str(reference).lower()

@@ -360,8 +360,10 @@ def test_a_mode_that_the_store_cant_answer_is_named(filled: Any, mode: str) -> N
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 20_000])
-def test_top_k_out_of_range_is_named(filled: Any, top_k: int) -> None:
+def test_top_k_out_of_range_is_named(filled: Any, top_k: int, backend: Backend) -> None:
     store, _, nodes = filled
+    if backend.name == "lite" and top_k > 0:
+        pytest.skip("Milvus Lite has no such limit")
     query = VectorStoreQuery(query_embedding=nodes[0].embedding, similarity_top_k=top_k)
     with pytest.raises(ValueError, match="similarity_top_k"):
         store.query(query)
@@ -505,11 +507,6 @@ def test_settings_that_are_changed_count_from_the_next_call(make_store: Any, mak
     before = store.statistics().requests
     store.add(nodes[2:])
     assert store.statistics().requests - before == 2
-    endpoint = store._connected.endpoint
-    rows = store.statistics().rows
-    endpoint._forget_idle_lanes()
-    store.add(nodes[:1])
-    assert store.statistics().rows == rows + 1, "a lane that was forgotten counts for nobody"
 
 
 def test_a_plain_store_is_taken_over_with_its_connection(make_upstream: Any, make_nodes: MakeNodes) -> None:

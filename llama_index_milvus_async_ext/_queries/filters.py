@@ -10,11 +10,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any
 
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilters, VectorStoreQuery
-from llama_index.vector_stores.milvus.base import MILVUS_ID_FIELD
 from llama_index.vector_stores.milvus.utils import FilterOperatorFunction, ScalarMetadataFilter
+from pymilvus import DataType
+
+from llama_index_milvus_async_ext._milvus.errors import QueryError, QueryMismatchError
+from llama_index_milvus_async_ext._milvus.schema import DEFAULT_KEY, PrimaryKey
 
 # The only escapes that both parsers know, and the only ones they need: every other character stands for itself.
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r", "\t": r"\t"})
@@ -35,10 +39,12 @@ _UNREACHABLE_IN_KEY = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 # Backslashes are escapes in the patterns of some versions, and Milvus cuts a pattern off at a NUL.
 _SPECIAL_IN_PATTERN = re.compile(r"[%_\\\x00]")
 
+_WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _MAX_INT = 2**63 - 1  # and not one more below zero: the grammar reads the digits before it reads the minus
 _FAN_OUT = 16
 
 _COMPARISONS = frozenset({"==", "!=", "<", "<=", ">", ">="})
+_ORDERED = frozenset({FilterOperator.LT, FilterOperator.LTE, FilterOperator.GT, FilterOperator.GTE})
 _ARRAY_FUNCTIONS = {
     FilterOperator.CONTAINS: FilterOperatorFunction.ARRAY_CONTAINS,
     FilterOperator.ANY: FilterOperatorFunction.ARRAY_CONTAINS_ANY,
@@ -54,12 +60,12 @@ def string_literal(value: str) -> str:
     Milvus and Milvus Lite read back exactly `value`, whatever it contains: quotes, backslashes, line ends, NUL.
 
     Raises:
-        ValueError: `value` has a lone surrogate, which UTF-8, and so the wire, has no form for.
+        QueryError: `value` has a lone surrogate, which UTF-8, and so the wire, has no form for.
     """
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise QueryError(
             f"{_shown(value)} cannot be sent to Milvus: {value[error.start]!r} at position {error.start} is half of a "
             "surrogate pair, which has no form in UTF-8"
         ) from None
@@ -67,23 +73,38 @@ def string_literal(value: str) -> str:
 
 
 def ids_expression(field: str, ids: Sequence[str]) -> str:
-    """Match the rows whose `field` is one of `ids`.
+    """Match the rows whose `field`, a text, is one of `ids`.
 
         ids_expression("doc_id", ["a", "b"])  # doc_id in ["a", "b"]
 
     Raises:
-        ValueError: there are no ids (the caller knows the answer without asking Milvus, and an expression for nothing
+        QueryError: There are no ids (the caller knows the answer without asking Milvus, and an expression for nothing
             is one slip away from an expression for everything), or one of them cannot be sent.
+        TypeError: `ids` is a single string, which would be taken for its letters.
+    """
+    return keys_expression(PrimaryKey(field), ids)
+
+
+def keys_expression(key: PrimaryKey, ids: Sequence[Any]) -> str:
+    """Match the rows of these node ids, by the collection's own primary key.
+
+        keys_expression(PrimaryKey("pk", DataType.INT64), ["17", 4])  # pk in [17, 4]
+
+    Where the key is a whole number, a node's id is its text.
+
+    Raises:
+        QueryMismatchError: An id can't be one of this key.
+        QueryError: As `ids_expression`.
         TypeError: `ids` is a single string, which would be taken for its letters.
     """
     if isinstance(ids, str):
         raise TypeError(f"ids must be a list of strings, not the string {_shown(ids)}")
     if not ids:
-        raise ValueError("no ids to match")
-    return f"{_key_expression(field)} in [{', '.join(map(string_literal, ids))}]"
+        raise QueryError("no ids to match")
+    return f"{_key_expression(key.name)} in [{', '.join(_key_literal(key, each) for each in ids)}]"
 
 
-def filter_expression(filters: MetadataFilters | None, scalar_filters: Any = None) -> str:
+def filter_expression(filters: MetadataFilters | None, scalar_filters: Any = None, *, is_lite: bool = False) -> str:
     """Translate metadata filters; "" where they restrict nothing.
 
         filter_expression(MetadataFilters(filters=[MetadataFilter(key="colour", value="red")]))  # colour == "red"
@@ -91,21 +112,41 @@ def filter_expression(filters: MetadataFilters | None, scalar_filters: Any = Non
     The rows are those of upstream's translation, with `scalar_filters` in upstream's form (a list of dicts) and filters
     without a value left out, as there. The result can be joined by `and` as it stands.
 
+    `NOT`, which upstream cannot translate, finds the rows that none of its filters matches, as LlamaIndex's own simple
+    store does; filters without a condition are joined by `AND`, as there.
+
     A key that is an identifier names a column or a metadata key, whichever there is; `info["colour"]` and `tags[0]`
     reach into nested metadata; any other key is a metadata key, taken literally. Lite cannot apply `CONTAINS`, `ANY`,
     `ALL` and `IS_EMPTY` to the latter, and says so. `TEXT_MATCH` is a prefix match that takes `%` and `_` literally.
-    `NE` and `NIN` find rows without the key in Milvus, and not in Lite.
+
+    A row without the key matches `NE`, `NIN` and `IS_EMPTY`, and nothing else. On Lite alone, an `NE` that stands below
+    no `NOT` leaves such rows out, as upstream's does, and so does an `NIN` where the key's values are not all of one
+    type; and a text that would have to be put in order with the filter's number is found neither by the filter nor by
+    a `NOT` above it.
+
+    Args:
+        filters: The filters.
+        scalar_filters: Further ones, in upstream's form.
+        is_lite: Whether the expression is for Milvus Lite, which leaves rows without the key out of both a filter and
+            its opposite, unless told otherwise in a way that older servers can't read.
 
     Raises:
-        ValueError: a filter that Milvus cannot express: the message names its key and the reason.
+        QueryError: A filter that Milvus cannot express: the message names its key and the reason.
     """
     scalars = [ScalarMetadataFilter.model_validate(each) for each in scalar_filters or []]
-    parts = [_metadata_expression(filters)] if filters is not None else []
+    parts = [_metadata_expression(filters, is_lite, False)] if filters is not None else []
     parts += [_named(_array_test, each.key, each.operator, each.value) for each in scalars]
     return _joined("and", parts)
 
 
-def search_expression(query: VectorStoreQuery, doc_id_field: str, scalar_filters: Any = None) -> str:
+def search_expression(
+    query: VectorStoreQuery,
+    doc_id_field: str,
+    scalar_filters: Any = None,
+    *,
+    primary_key: PrimaryKey = DEFAULT_KEY,
+    is_lite: bool = False,
+) -> str:
     """Everything that restricts a query's rows: its filters, its `doc_ids` and its `node_ids`; "" where nothing does.
 
         search_expression(VectorStoreQuery(doc_ids=["a"]), "doc_id")  # doc_id in ["a"]
@@ -113,34 +154,50 @@ def search_expression(query: VectorStoreQuery, doc_id_field: str, scalar_filters
     Empty lists of ids restrict nothing, as upstream.
 
     Raises:
-        ValueError: as `filter_expression` and `ids_expression`.
+        QueryError: As `filter_expression` and `keys_expression`.
     """
     if query.filters is None and not (scalar_filters or query.doc_ids or query.node_ids):
         return ""
-    parts = [filter_expression(query.filters, scalar_filters)]
+    parts = [filter_expression(query.filters, scalar_filters, is_lite=is_lite)]
     parts += [ids_expression(doc_id_field, query.doc_ids)] if query.doc_ids else []
-    parts += [ids_expression(MILVUS_ID_FIELD, query.node_ids)] if query.node_ids else []
+    parts += [keys_expression(primary_key, query.node_ids)] if query.node_ids else []
     return _joined("and", parts)
 
 
-def _metadata_expression(filters: MetadataFilters) -> str:
+def _metadata_expression(filters: MetadataFilters, is_lite: bool, is_negated: bool) -> str:
+    condition = filters.condition or FilterCondition.AND
+    is_negated |= condition == FilterCondition.NOT
     parts = []
     for each in filters.filters or []:
         if isinstance(each, MetadataFilters):
-            parts.append(_metadata_expression(each))
+            parts.append(_metadata_expression(each, is_lite, is_negated))
         elif each.value is not None or each.operator == FilterOperator.IS_EMPTY:
-            parts.append(_named(_test, each.key, each.operator, each.value))
-    # Upstream drops a NOT over one filter, and puts it between two, where it does not parse.
-    if any(parts) and filters.condition not in (FilterCondition.AND, FilterCondition.OR):
-        raise ValueError(f"Milvus filters are joined by AND or OR, not by {filters.condition!r}")
-    return _joined("or" if filters.condition == FilterCondition.OR else "and", parts)
+            test = _decided_test if is_lite and is_negated else _test
+            parts.append(_named(test, each.key, each.operator, each.value))
+    if condition == FilterCondition.NOT:
+        matched = _joined("or", parts)
+        return f"(not ({matched}))" if matched else ""
+    return _joined("or" if condition == FilterCondition.OR else "and", parts)
 
 
 def _named(test: Callable[[str, Any, Any], str], key: str, operator: Any, value: Any) -> str:
     try:
         return test(_key_expression(key), operator, value)
     except ValueError as error:
-        raise ValueError(f"filter on {_shown(key)}: {error}") from None
+        raise QueryError(f"filter on {_shown(key)}: {error}") from None
+
+
+def _decided_test(key: str, operator: FilterOperator, value: Any) -> str:
+    """A test that is true or false of each row, for Lite, where one of a missing value is neither."""
+    test = _test(key, operator, value)
+    if operator in (FilterOperator.NE, FilterOperator.NIN):
+        return f"({key} is null or {test})"
+    if operator in _ARRAY_FUNCTIONS or operator == FilterOperator.IS_EMPTY:
+        return test
+    if operator == FilterOperator.TEXT_MATCH or (operator in _ORDERED and isinstance(value, str)):
+        # Nor can Lite say of a number whether it comes before a text. It can say that it is no text.
+        test = f'{key} like "%" and {test}'
+    return f"({key} is not null and {test})"
 
 
 def _test(key: str, operator: FilterOperator, value: Any) -> str:
@@ -153,24 +210,24 @@ def _test(key: str, operator: FilterOperator, value: Any) -> str:
     if operator in (FilterOperator.IN, FilterOperator.NIN):
         return _membership(key, operator, value)
     if operator.value not in _COMPARISONS:
-        raise ValueError(f"Milvus has no operator {operator.name}")
+        raise QueryError(f"Milvus has no operator {operator.name}")
     if isinstance(value, list) and operator not in (FilterOperator.EQ, FilterOperator.NE):
-        raise ValueError(f"{operator.name} needs one value, not {_shown(value)}")
+        raise QueryError(f"{operator.name} needs one value, not {_shown(value)}")
     return f"{key} {operator.value} {_literal(value)}"
 
 
 def _array_test(key: str, function: FilterOperatorFunction, value: Any) -> str:
     # Empty: Milvus does not parse `[]` here, Lite does.
     if function.name.endswith(("_ANY", "_ALL")) and not (isinstance(value, list) and value):
-        raise ValueError(f"{function.name} needs a list of at least one value, not {_shown(value)}")
+        raise QueryError(f"{function.name} needs a list of at least one value, not {_shown(value)}")
     if function.name.endswith("_LENGTH") and not isinstance(value, int):
-        raise ValueError(f"{function.name} needs a whole number, not {_shown(value)}")
+        raise QueryError(f"{function.name} needs a whole number, not {_shown(value)}")
     return function.value.format(key=key, value=_literal(value))
 
 
 def _membership(key: str, operator: FilterOperator, values: Any) -> str:
     if not isinstance(values, list):
-        raise ValueError(f"{operator.name} needs a list, not {_shown(values)}")
+        raise QueryError(f"{operator.name} needs a list, not {_shown(values)}")
     negated = operator == FilterOperator.NIN
     if "[" not in key:
         return f"{key} {'not in' if negated else 'in'} {_literal(values)}"
@@ -183,7 +240,7 @@ def _membership(key: str, operator: FilterOperator, values: Any) -> str:
 
 def _starts_with(key: str, value: Any) -> str:
     if isinstance(value, list):
-        raise ValueError(f"TEXT_MATCH needs one value, not {_shown(value)}")
+        raise QueryError(f"TEXT_MATCH needs one value, not {_shown(value)}")
     prefix = value if isinstance(value, str) else _literal(value)
     if not _SPECIAL_IN_PATTERN.search(prefix):
         return f"{key} like {string_literal(prefix + '%')}"
@@ -199,8 +256,25 @@ def _key_expression(key: str) -> str:
         return key
     # Milvus 2.3 splits paths at "][" without regard to quotes; some such keys make the whole server crash.
     if not key or "][" in key or _UNREACHABLE_IN_KEY.search(key):
-        raise ValueError('Milvus cannot look up a metadata key that is empty or contains "][" or control characters')
+        raise QueryError('Milvus cannot look up a metadata key that is empty or contains "][" or control characters')
     return f"$meta[{string_literal(key)}]"
+
+
+def _key_literal(key: PrimaryKey, id_: Any) -> str:
+    if key.type == DataType.VARCHAR:
+        if not isinstance(id_, str):
+            raise QueryMismatchError(f"{_shown(id_)} is no id: {key.name!r} of this collection is a text")
+        return string_literal(id_)
+    number: int | None = None
+    if isinstance(id_, str):
+        number = int(id_) if _WHOLE_NUMBER.fullmatch(id_) else None
+    elif hasattr(id_, "__index__") and not isinstance(id_, bool):  # numpy's integers as well
+        number = index(id_)
+    if number is None or abs(number) > _MAX_INT:
+        raise QueryMismatchError(
+            f"{_shown(id_)} is no id: {key.name!r} of this collection is a whole number of 64 bits"
+        )
+    return str(number)
 
 
 def _literal(value: Any) -> str:
@@ -215,8 +289,8 @@ def _literal(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_literal, value))}]"
     if isinstance(value, (int, float)):
-        raise ValueError(f"{_shown(value)} is no number that Milvus can read: finite, whole ones within ±(2**63 - 1)")
-    raise ValueError(f"{_shown(value)} is a {type(value).__name__}; Milvus compares text, numbers, booleans and lists")
+        raise QueryError(f"{_shown(value)} is no number that Milvus can read: finite, whole ones within ±(2**63 - 1)")
+    raise QueryError(f"{_shown(value)} is a {type(value).__name__}; Milvus compares text, numbers, booleans and lists")
 
 
 def _joined(operator: str, parts: list[str]) -> str:

@@ -9,11 +9,11 @@ import orjson
 from llama_index.core.schema import BaseNode
 from pymilvus import DataType
 
-from llama_index_milvus_async_ext._node_json import NodeJson
-from llama_index_milvus_async_ext._vectors import pack
-from llama_index_milvus_async_ext._wire import DYNAMIC_FIELD, Row, Schema
+from llama_index_milvus_async_ext._milvus.errors import SchemaMismatchError
+from llama_index_milvus_async_ext._milvus.schema import DYNAMIC_FIELD, ID_FIELD, Row, Schema
+from llama_index_milvus_async_ext._nodes.node_json import NodeJson
+from llama_index_milvus_async_ext._nodes.vectors import pack
 
-ID_FIELD = "id"
 # Milvus stores the dynamic fields of a row as one JSON value, of this many bytes at the most (measured: 65,536 pass).
 MAX_DYNAMIC_BYTES = 65_536
 _DEFAULT_MAX_LENGTH = 65_535
@@ -48,6 +48,7 @@ class RowEncoder:
         doc_id_field: str,
         embedding_field: str | None,
         sparse_field: str | None = None,
+        upsert: bool = False,
     ) -> None:
         """Prepare for a collection.
 
@@ -57,6 +58,7 @@ class RowEncoder:
             doc_id_field: Column of the id of the node's document.
             embedding_field: Column of the dense vector, if there is one.
             sparse_field: Column of a sparse vector that the client computes, if there is one.
+            upsert: Whether the rows shall replace earlier ones, which they can't where Milvus makes the keys up.
         """
         self._schema = schema
         self._text_key = text_key
@@ -66,7 +68,20 @@ class RowEncoder:
         self._sparse_field = sparse_field
         self._dim = int(schema.params(embedding_field).get("dim", 0)) if embedding_field else 0
         self._columns = [f["name"] for f in schema.fields]
-        self._forbidden = [*schema.function_outputs, DYNAMIC_FIELD]
+        self._forbidden = schema.function_outputs
+        key = schema.primary_key
+        self._key_name = key.name
+        self._key_problem: tuple[str, str] | None = None
+        if key.auto_id and (upsert or key.name == ID_FIELD):
+            self._key_problem = (
+                f"the collection makes its primary keys ({key.name!r}) up itself, and so replaces no row",
+                "use a collection that this store has made, or upsert_mode=False where the key is not 'id'",
+            )
+        elif key.name == ID_FIELD and key.type != DataType.VARCHAR:
+            self._key_problem = (
+                f"its id is a text, and the collection's primary key {key.name!r} is of type {key.type.name}",
+                "use a collection that this store has made",
+            )
         self._scalars = [
             (
                 f["name"],
@@ -81,13 +96,18 @@ class RowEncoder:
     def encode(self, node: BaseNode, sparse: dict[int, float] | None = None) -> tuple[Row, int]:
         """The row of a node, and its size in bytes.
 
+        Where the collection's primary key is not `id`, its value is that of the node's metadata, as upstream.
+
         Args:
             node: The node; its embedding is taken from `node.embedding`.
             sparse: Its sparse vector, where the client computes one.
 
         Raises:
-            ValueError: The node can't be stored.
+            SchemaMismatchError: The node does not fit the collection as it was described.
+            ValueError: The node can't be stored in any collection.
         """
+        if self._key_problem is not None:
+            raise _mismatch(node, *self._key_problem)
         vector = self._vector(node) if self._embedding_field else None
         entity = self._entity(node)
         if self._embedding_field:
@@ -114,7 +134,7 @@ class RowEncoder:
                 "give the pipeline or the writer an embed_model, or set node.embedding",
             )
         if len(embedding) != self._dim:
-            raise _refused(
+            raise _mismatch(
                 node,
                 f"its embedding has {len(embedding)} dimensions, the collection has {self._dim}",
                 "use the embedding model that the collection was made for, or another collection",
@@ -143,12 +163,13 @@ class RowEncoder:
     def _checked_size(self, node: BaseNode, entity: dict[str, Any], name: str, kind: DataType, limit: int) -> int:
         value: Any = entity.get(name)
         if value is None:
-            raise _refused(
-                node, f"its metadata has no {name!r}, which is a column of the collection", f"set metadata[{name!r}]"
+            what = "the primary key" if name == self._key_name else "a column"
+            raise _mismatch(
+                node, f"its metadata has no {name!r}, which is {what} of the collection", f"set metadata[{name!r}]"
             )
         known: Any = _PYTHON_TYPES[kind]
         if not isinstance(value, known) or (kind != DataType.BOOL and isinstance(value, bool)):
-            raise _refused(
+            raise _mismatch(
                 node,
                 f"column {name!r} holds {kind.name} values, but its value is of type {type(value).__name__}",
                 f"convert metadata[{name!r}]",
@@ -159,7 +180,7 @@ class RowEncoder:
             except UnicodeEncodeError as error:
                 raise _refused(node, f"its {name!r} is not valid Unicode ({error})", "repair the text") from None
             if nbytes > limit:
-                raise _refused(
+                raise _mismatch(
                     node,
                     f"its {name!r} has {nbytes} bytes in UTF-8, and the column takes {limit}",
                     "split it into smaller nodes" if name == self._text_key else "shorten it",
@@ -167,14 +188,16 @@ class RowEncoder:
             return nbytes
         bits = _INTEGER_BITS.get(kind)
         if bits and not -(1 << (bits - 1)) <= value < 1 << (bits - 1):
-            raise _refused(node, f"its {name!r}, {value}, is too large for {kind.name}", "use a smaller number")
+            raise _mismatch(node, f"its {name!r}, {value}, is too large for {kind.name}", "use a smaller number")
         return 8
 
     def _parted(self, node: BaseNode, entity: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         """The values of the collection's columns, and the JSON of the others."""
+        if DYNAMIC_FIELD in entity:
+            raise _refused(node, f"its metadata has the key {DYNAMIC_FIELD!r}, Milvus's own", "rename the key")
         for name in self._forbidden:
             if name in entity:
-                raise _refused(node, f"its metadata has the key {name!r}, which Milvus fills itself", "rename the key")
+                raise _mismatch(node, f"its metadata has the key {name!r}, which Milvus fills itself", "rename the key")
         if not self._schema.dynamic:
             return entity, b""
         columns = {name: entity.pop(name) for name in self._columns if name in entity}
@@ -193,4 +216,12 @@ class RowEncoder:
 
 
 def _refused(node: BaseNode, problem: str, remedy: str) -> ValueError:
-    return ValueError(f"node {node.node_id[:80]!r} can't be stored: {problem}; {remedy}")
+    return ValueError(_message(node, problem, remedy))
+
+
+def _mismatch(node: BaseNode, problem: str, remedy: str) -> SchemaMismatchError:
+    return SchemaMismatchError(_message(node, problem, remedy))
+
+
+def _message(node: BaseNode, problem: str, remedy: str) -> str:
+    return f"node {node.node_id[:80]!r} can't be stored: {problem}; {remedy}"

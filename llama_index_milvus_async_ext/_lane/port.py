@@ -1,0 +1,316 @@
+"""The callers' way to the I/O thread and back: one for coroutines of any event loop, one for blocking calls."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Coroutine, Hashable, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+from llama_index_milvus_async_ext._lane.entrance import WINDOW
+from llama_index_milvus_async_ext._lane.items import Submission
+from llama_index_milvus_async_ext._lane.lanes import Lane
+from llama_index_milvus_async_ext._lane.shell import Shell
+from llama_index_milvus_async_ext._lane.thread import IoThread
+
+T = TypeVar("T")
+
+_CANCEL_SECONDS = 2.0  # a cancelled call's outcomes take milliseconds; this is for an I/O thread that is no more
+
+
+class Request(NamedTuple):
+    """Values for a lane.
+
+    Attributes:
+        shell: The endpoint's.
+        lane: The lane, or what finds it in the I/O thread.
+        values: The values.
+        keys: One key per value, or None if no two are ever related.
+    """
+
+    shell: Shell
+    lane: Lane[Any, Any] | Callable[[], Lane[Any, Any]]
+    values: Sequence[Any]
+    keys: Sequence[Hashable] | None = None
+
+
+class Port(Protocol):
+    """One caller's way.
+
+    A coroutine that awaits nothing but `submit` runs on either port: on a `LoopPort` it suspends, on a `ThreadPort` it
+    blocks instead (see `run`). So a blocking method and its async twin are one piece of code, which runs on the
+    caller's thread and in its context.
+    """
+
+    awaits: bool
+
+    async def submit(self, *requests: Request) -> list[Submission[Any]]:
+        """Submit requests, and wait for all outcomes, in the order of the requests.
+
+        If the caller is interrupted (cancelled, or by Ctrl-C), so are its requests: their outcomes are complete when
+        the interruption is raised, and stand in its attribute `submissions`.
+
+        Raises:
+            RuntimeError: The interpreter is exiting.
+        """
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine whose port is a `ThreadPort` to its end, on this thread."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    coroutine.close()
+    raise RuntimeError("a blocking call can't wait for an event loop")
+
+
+class _Journey:
+    """Requests on their way, from `start` until each has its outcomes; all but the arrival happens in the I/O thread.
+
+    Args:
+        requests: The requests.
+        arrived: Called once, in the I/O thread, when all outcomes are there.
+    """
+
+    __slots__ = ("_arrived", "_missing", "_own_keys", "_requests", "error", "submissions")
+
+    def __init__(self, requests: Sequence[Request], arrived: Callable[[], object]) -> None:
+        self._requests = requests
+        self._arrived = arrived
+        self._missing = len(requests)
+        # Of many keys, the set is made here, on the caller's thread: the I/O thread has others to serve.
+        self._own_keys = [
+            frozenset(request.keys) if request.keys is not None and len(request.keys) > WINDOW else None
+            for request in requests
+        ]
+        self.submissions: list[Submission[Any]] = []
+        self.error: Exception | None = None
+
+    def start(self) -> None:
+        try:
+            for (shell, lane, values, keys), own_keys in zip(self._requests, self._own_keys, strict=True):
+                found = lane if isinstance(lane, Lane) else lane()
+                self.submissions.append(shell.submit(found, values, keys, own_keys, self._done))
+        except Exception as error:
+            self.error = error
+            self._missing -= len(self._requests) - len(self.submissions)
+            self.cancel()
+            if not self.submissions:
+                self._arrived()
+
+    def cancel(self) -> None:
+        for request, submission in zip(self._requests, self.submissions, strict=False):
+            request.shell.cancel(submission)
+
+    def _done(self, _: Submission[Any]) -> None:
+        self._missing -= 1
+        if not self._missing:
+            self._arrived()
+
+
+class LoopPort:
+    """The way of one event loop's coroutines.
+
+    What one turn of the loop submits crosses over together, in one wake-up of the I/O thread, and so do the outcomes
+    on their way back: a thousand concurrent calls cost two wake-ups, not two thousand.
+    """
+
+    awaits = True
+    _ports: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopPort]] = weakref.WeakKeyDictionary()
+    _recent: ClassVar[LoopPort | None] = None
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    @classmethod
+    def current(cls) -> LoopPort:
+        """The running loop's port."""
+        loop = asyncio.get_running_loop()
+        port = cls._recent
+        if port is None or port.loop is not loop or port._io is not IoThread._instance:
+            with cls._lock:
+                port = cls._ports.get(loop)
+                if port is None or port._io is not IoThread._instance:  # another one after a fork
+                    port = cls._ports[loop] = cls(loop, IoThread.get())
+                cls._recent = port
+        return port
+
+    @classmethod
+    def forget(cls) -> None:
+        """Start anew, in a forked child."""
+        cls._ports, cls._recent, cls._lock = weakref.WeakKeyDictionary(), None, threading.Lock()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, io: IoThread) -> None:
+        self._loop = weakref.ref(loop)
+        self._io = io
+        self._thread = threading.current_thread()
+        self._outgoing: list[Callable[[], object]] = []
+        self._incoming: deque[_Waiter] = deque()
+        self._woken = False
+        io.ports.add(self)
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The caller's loop; None once it is gone."""
+        return self._loop()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the loop runs, so that its calls may come to an end."""
+        loop = self.loop
+        return loop is not None and loop.is_running()
+
+    @property
+    def keeps_interpreter(self) -> bool:
+        """Whether Python's exit waits for a thread that runs the loop."""
+        return self._thread is not threading.main_thread() and not self._thread.daemon and self.is_running
+
+    async def submit(self, *requests: Request) -> list[Submission[Any]]:
+        """See `Port`."""
+        self._io.check()
+        waiter = _Waiter(self, requests)
+        self._send(waiter.journey.start)
+        interruption: asyncio.CancelledError | None = None
+        while not waiter.has_arrived:
+            waiter.future = asyncio.get_running_loop().create_future()
+            try:
+                await waiter.future
+            except asyncio.CancelledError as cancelled:
+                # Some cancel again at each turn of the loop. The outcomes come all the same: they are on their way.
+                if interruption is None:
+                    interruption = cancelled
+                    self._send(waiter.journey.cancel)
+            except GeneratorExit:  # nobody runs this coroutine any more
+                self._io.post(waiter.journey.cancel)
+                raise
+        if interruption is not None:
+            interruption.submissions = waiter.journey.submissions  # type: ignore[attr-defined]
+            raise interruption
+        if waiter.journey.error is not None:
+            raise waiter.journey.error
+        return waiter.journey.submissions
+
+    def _send(self, function: Callable[[], object]) -> None:
+        if not self._outgoing:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outgoing.append(function)
+
+    def _flush(self) -> None:
+        outgoing, self._outgoing = self._outgoing, []
+        self._io.post(*outgoing)
+
+    def deliver(self, waiter: _Waiter) -> None:
+        """Wake a waiter on the caller's loop; from the I/O thread."""
+        self._incoming.append(waiter)
+        if not self._woken:
+            # Once all outcomes of this turn are there: a caller that is woken by the first of them would, for each of
+            # the others, wait for Python's lock again.
+            self._woken = True
+            self._io.loop.call_soon(self._wake)
+
+    def _wake(self) -> None:
+        loop = self.loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(self._receive)
+
+    def _receive(self) -> None:
+        self._woken = False
+        while self._incoming:
+            self._incoming.popleft().wake()
+
+
+class _Waiter:
+    """One call of a `LoopPort`, on its loop."""
+
+    __slots__ = ("_port", "future", "has_arrived", "journey")
+
+    def __init__(self, port: LoopPort, requests: Sequence[Request]) -> None:
+        self._port = port
+        self.journey = _Journey(requests, self._arrived)
+        self.has_arrived = not requests
+        self.future: asyncio.Future[None] | None = None
+
+    def _arrived(self) -> None:
+        self._port.deliver(self)
+
+    def wake(self) -> None:
+        self.has_arrived = True
+        if self.future is not None and not self.future.done():
+            self.future.set_result(None)
+
+
+class ThreadPort:
+    """The way of blocking calls, from any thread."""
+
+    awaits = False
+
+    def __init__(self) -> None:
+        self._io = IoThread.get()
+
+    async def submit(self, *requests: Request) -> list[Submission[Any]]:
+        """See `Port`; it never suspends."""
+        return self.begin(*requests).wait()
+
+    def begin(self, *requests: Request) -> Voyage:
+        """Submit requests, and return at once."""
+        if self._io.is_current:
+            raise RuntimeError("a blocking call on the I/O thread would wait for itself; use the async method")
+        self._io.check()
+        voyage = Voyage(self._io, requests)
+        self._io.post(voyage.journey.start)
+        return voyage
+
+
+class Voyage:
+    """Requests that a thread has submitted, and will wait for."""
+
+    def __init__(self, io: IoThread, requests: Sequence[Request]) -> None:
+        self._io = io
+        self._arrivals: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.has_arrived = not requests
+        self.journey = _Journey(requests, self._arrived)
+
+    def _arrived(self) -> None:
+        self.has_arrived = True
+        self._arrivals.put(None)
+
+    def wait(self) -> list[Submission[Any]]:
+        """Block until all outcomes are there. If it is interrupted, see `Port.submit`."""
+        thread = threading.current_thread()
+        waited_for = not thread.daemon and thread is not threading.main_thread()
+        if waited_for:
+            self._io.blocked.add(thread)
+        try:
+            if not self.has_arrived:
+                self._arrivals.get()
+        except BaseException as interruption:
+            interruption.submissions = self.cancel()  # type: ignore[attr-defined]
+            raise
+        finally:
+            self._io.blocked.discard(thread)
+        if self.journey.error is not None:
+            raise self.journey.error
+        return self.journey.submissions
+
+    def cancel(self) -> list[Submission[Any]]:
+        """Give up on what has no outcome yet, and return all outcomes."""
+        self._io.post(self.journey.cancel)
+        until = time.monotonic() + _CANCEL_SECONDS
+        while not self.has_arrived and time.monotonic() < until:
+            try:
+                with contextlib.suppress(queue.Empty):
+                    self._arrivals.get(timeout=_CANCEL_SECONDS)
+            except KeyboardInterrupt:  # an impatient second Ctrl-C
+                continue
+        return self.journey.submissions
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=LoopPort.forget)

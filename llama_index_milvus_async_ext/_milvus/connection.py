@@ -1,0 +1,262 @@
+"""One connection to Milvus: requests out, answers back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+import orjson
+from pymilvus import AnnSearchRequest
+from pymilvus.client import ts_utils
+from pymilvus.exceptions import MilvusException
+from pymilvus.grpc_gen import milvus_pb2
+
+from llama_index_milvus_async_ext._milvus.errors import ClosedConnectionError, RpcFailure, StatusFailure
+from llama_index_milvus_async_ext._milvus.quiet import UnknownMethodsFilter, add_filter, silence_pymilvus
+from llama_index_milvus_async_ext._milvus.schema import Row, Schema
+from llama_index_milvus_async_ext._milvus.search_request import (
+    Answer,
+    Found,
+    Hits,
+    SearchGroup,
+    as_pymilvus_takes_them,
+    hits_of_pymilvus,
+    search_request,
+)
+from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
+from llama_index_milvus_async_ext._milvus.write_request import write_request
+
+
+class Connection:
+    """One connection to Milvus; all methods are called from one event loop.
+
+    gRPC's callback-driven client carries the requests: no loop of its own, so several event loops don't disturb
+    each other, and it works in a forked child.
+    """
+
+    def __init__(self, settings: ConnectionSettings) -> None:
+        self.uri = settings.uri
+        if settings.is_file:
+            add_filter("grpc._server", UnknownMethodsFilter)
+        with silence_pymilvus():
+            try:
+                self.client = settings.client()
+            except MilvusException:
+                if settings.served_at is None:
+                    raise
+                self.uri = f"http://{settings.served_at}"
+                self.client = settings.client(self.uri)
+        self._schemas: dict[str, Schema] = {}
+        self._is_closed = False
+        self.db_name: str = getattr(getattr(self.client, "_config", None), "db_name", "")
+
+    @property
+    def address(self) -> str:
+        """Host and port that requests go to."""
+        handler = getattr(self.client, "_handler", None)
+        return str(getattr(handler, "server_address", ""))
+
+    def server_version(self) -> str:
+        """What the server says of its version; empty if it does not say."""
+        with silence_pymilvus():
+            try:
+                return str(self.client.get_server_version(timeout=10))
+            except Exception:
+                return ""
+
+    async def in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a blocking call of the public client in a thread, its failures unlogged.
+
+        A daemon thread, so that the interpreter's exit does not wait for a call to a server that never answers.
+        """
+        if self._is_closed:
+            raise ClosedConnectionError()
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+
+        def deliver(result: Any, error: BaseException | None) -> None:
+            if answer.done():
+                return
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(result)
+
+        def call() -> None:
+            result, error = None, None
+            try:
+                with silence_pymilvus():
+                    result = function(*args, **kwargs)
+            except Exception as raised:
+                error = ClosedConnectionError(sent=True) if self._is_closed else RpcFailure.cause_of(raised) or raised
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+                loop.call_soon_threadsafe(deliver, result, error)
+
+        threading.Thread(target=call, name="milvus-call", daemon=True).start()
+        return await answer
+
+    async def schema(self, collection: str, timeout: float) -> Schema:
+        """The collection's schema, asked for once."""
+        known = self._schemas.get(collection)
+        if known is None:
+            known = await self.in_thread(self.fetch_schema, collection, timeout)
+        return known
+
+    def known_schema(self, collection: str) -> Schema | None:
+        """The collection's schema, if it has been asked for."""
+        return self._schemas.get(collection)
+
+    def fetch_schema(self, collection: str, timeout: float) -> Schema:
+        """The collection's schema, asked for now; blocks."""
+        described = self.client.describe_collection(collection, timeout=timeout)
+        known = self._schemas.get(collection)
+        if known is None or known.described != described:
+            known = self._schemas[collection] = Schema(described)
+        known.confirmed_at = time.monotonic()
+        return known
+
+    def forget_schema(self, collection: str) -> None:
+        """Ask for the schema again next time."""
+        self._schemas.pop(collection, None)
+
+    async def write(
+        self, collection: str, partition: str, schema: Schema, rows: list[Row], upsert: bool, timeout: float
+    ) -> None:
+        """Insert or upsert rows in one request.
+
+        The list of rows is emptied once they are in the request, and the request is let go of once gRPC has its copy:
+        with many requests under way, that halves the memory they take.
+
+        Raises:
+            StatusFailure: Milvus rejected the request.
+            RpcFailure: gRPC could not carry it, or its answer.
+        """
+        send = self._sender("Upsert" if upsert else "Insert")
+        if send is None:
+            call = self.client.upsert if upsert else self.client.insert
+            entities = [row.entity for row in rows]
+            await self.in_thread(call, collection, entities, timeout=timeout, partition_name=partition)
+            return
+        request = write_request(collection, partition, schema, rows, upsert)
+        rows.clear()
+        answered = self._call(send, request, timeout)
+        del request
+        answer = await answered
+        self._check(answer.status)
+        ts_utils.update_collection_ts(collection, answer.timestamp, self.address, self.db_name)
+
+    async def search(self, group: SearchGroup, queries: Sequence[Any], ranker: Any, timeout: float) -> list[Found]:
+        """Search for each query; the answer has what was found for each, in their order.
+
+        Raises:
+            StatusFailure: Milvus rejected the request.
+            RpcFailure: gRPC could not carry it, or its answer.
+        """
+        send = self._searcher("Search" if group.hybrid is None else "HybridSearch")
+        found: Answer | list[Hits]
+        if send is None:
+            found = await self._search_by_public_client(group, queries, ranker, timeout)
+            found = found or [Hits([], [], []) for _ in queries]
+        else:
+            session = ts_utils.get_collection_ts(group.collection, self.address, self.db_name)
+            answer = await self._call(send, search_request(group, queries, session, ranker), timeout)
+            self._check(answer.status)
+            found = Answer(answer.results, group.output_fields)
+        return [Found(found, place) for place in range(len(queries))]
+
+    async def _search_by_public_client(
+        self, group: SearchGroup, queries: Sequence[Any], ranker: Any, timeout: float
+    ) -> list[Hits]:
+        common: dict[str, Any] = {
+            "collection_name": group.collection,
+            "limit": group.limit,
+            "output_fields": list(group.output_fields),
+            "partition_names": list(group.partitions) if group.partitions is not None else None,
+            "timeout": timeout,
+        }
+        if group.hybrid is None:
+            one_field = {
+                "data": as_pymilvus_takes_them(queries),
+                "anns_field": group.field_name,
+                "search_params": orjson.loads(group.search_params),
+                "filter": group.expression,
+            }
+            return hits_of_pymilvus(await self.in_thread(self.client.search, **one_field, **common))
+        dense, sparse = zip(*queries, strict=True)
+        halves = [
+            AnnSearchRequest(as_pymilvus_takes_them(data), name, orjson.loads(params), group.limit, group.expression)
+            for data, name, params in (
+                (dense, group.field_name, group.search_params),
+                (sparse, group.hybrid.field_name, group.hybrid.search_params),
+            )
+        ]
+        return hits_of_pymilvus(await self.in_thread(self.client.hybrid_search, reqs=halves, ranker=ranker, **common))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._is_closed = True
+        self.client.close()
+
+    def _searcher(self, method: str) -> Any:
+        """What sends search requests: the method of pymilvus's stub; None if it can't be had."""
+        return getattr(getattr(getattr(self.client, "_handler", None), "_stub", None), method, None)
+
+    def _sender(self, method: str) -> Any:
+        """What sends serialised requests for writes, by pymilvus's own channel; None if it can't be had."""
+        channel = getattr(getattr(self.client, "_handler", None), "_final_channel", None)
+        if channel is None:
+            return None
+        return channel.unary_unary(
+            f"/milvus.proto.milvus.MilvusService/{method}",
+            request_serializer=None,  # bytes are sent as they are
+            response_deserializer=milvus_pb2.MutationResult.FromString,
+        )
+
+    async def _call(self, method: Any, request: Any, timeout: float) -> Any:
+        """Make a call of gRPC's, and hand its answer to this loop."""
+        metadata = [("dbname", self.db_name)] if self.db_name else None
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+
+        def deliver(call: Any) -> None:
+            if answer.done():
+                return
+            try:
+                error = call.exception()
+            except grpc.FutureCancelledError:
+                error = ClosedConnectionError(sent=True)
+            if error is None:
+                answer.set_result(call.result())
+            elif self._is_closed:
+                answer.set_exception(ClosedConnectionError(sent=True))
+            elif isinstance(error, grpc.RpcError):
+                answer.set_exception(RpcFailure.from_grpc(error))
+            else:
+                answer.set_exception(error)
+
+        def arrived(call: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+                loop.call_soon_threadsafe(deliver, call)
+
+        try:
+            call = method.future(request, timeout=timeout, metadata=metadata)
+        except ValueError:  # a closed channel says so like this
+            raise ClosedConnectionError() from None
+        del request
+        call.add_done_callback(arrived)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+
+    def _check(self, status: Any) -> None:
+        if status.code == 0 and status.error_code == 0:
+            return
+        failure = StatusFailure.of(status)
+        raise failure

@@ -1,0 +1,97 @@
+"""Where to connect, and as whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import SplitResult, urlsplit, urlunsplit
+
+from pymilvus import MilvusClient
+
+_LOOPBACK_KEEPALIVE_MS = 600_000
+
+
+class ConnectionSettings:
+    """Where to connect, and as whom; equal settings may share a connection.
+
+    The token and the other options never show in the `repr`.
+
+    Args:
+        uri: Path of a Milvus Lite file (ending in ".db"), or address of a server. User and password in it are moved
+            into the token.
+        token: API key, or "user:password".
+        options: Further arguments of `MilvusClient`.
+        served_at: For a Milvus Lite file, the address at which another process serves it, for when it can't be
+            opened here.
+    """
+
+    def __init__(
+        self, uri: str, token: str = "", options: Mapping[str, Any] | None = None, served_at: str | None = None
+    ) -> None:
+        parsed = urlsplit(uri)
+        if parsed.scheme in ("http", "https", "tcp") and parsed.username:
+            token = token or ":".join(filter(None, (parsed.username, parsed.password)))
+            uri = urlunsplit(parsed._replace(netloc=parsed.netloc.rpartition("@")[2]))
+        if uri.endswith(".db"):
+            uri = str(Path(uri).absolute())
+        self.uri = uri
+        self.served_at = served_at
+        self.token = token
+        self.options = dict(options or {})
+        self.options["grpc_options"] = {
+            # gRPC would wait up to two minutes before it tries a lost server again, longer than our own deadline.
+            "grpc.initial_reconnect_backoff_ms": 100,
+            "grpc.max_reconnect_backoff_ms": 1_000,
+            # Milvus Lite answers the ten-second pings of pymilvus with "too many pings" on stderr; and on loopback,
+            # where it mostly is, no connection dies unnoticed.
+            **({"grpc.keepalive_time_ms": _LOOPBACK_KEEPALIVE_MS} if self.is_file or _is_loopback(parsed) else {}),
+            **self.options.get("grpc_options", {}),
+        }
+        self._key = (uri, token, repr(sorted(self.options.items())))
+
+    @classmethod
+    def of_client(cls, client: MilvusClient) -> ConnectionSettings:
+        """The settings that a pymilvus client was made with."""
+        config: Any = client._config
+        options = dict(config.handler_kwargs)
+        if config.db_name:
+            options["db_name"] = config.db_name
+        return cls(_lite_file_at(config.address) or config.uri, config.token, options)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether this is a Milvus Lite file, served within a process."""
+        return self.uri.endswith(".db")
+
+    def client(self, uri: str | None = None) -> MilvusClient:
+        """A pymilvus client with a connection of its own.
+
+        pymilvus would share one by address and token, whatever the TLS settings.
+        """
+        return MilvusClient(uri=uri or self.uri, token=self.token, **{"dedicated": True, **self.options})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ConnectionSettings) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return f"ConnectionSettings({self.uri!r})"
+
+
+def _is_loopback(uri: SplitResult) -> bool:
+    host = uri.hostname or ""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def _lite_file_at(address: str) -> str | None:
+    """The file of the Milvus Lite server that this process runs at an address."""
+    try:
+        from milvus_lite.server_manager import server_manager_instance
+
+        servers = dict(server_manager_instance._servers)
+    except (ImportError, AttributeError):
+        return None
+    return next((path for path, (*_, port) in servers.items() if address == f"127.0.0.1:{port}"), None)

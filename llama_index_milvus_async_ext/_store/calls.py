@@ -1,0 +1,116 @@
+"""Calls that travel alone: schemas, deletes, look-ups, flushes, drops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from llama_index_milvus_async_ext._lane.items import Submission
+from llama_index_milvus_async_ext._lane.port import Port
+from llama_index_milvus_async_ext._milvus.endpoint import Call, Endpoint
+from llama_index_milvus_async_ext._milvus.errors import fresh
+from llama_index_milvus_async_ext._milvus.schema import Schema
+from llama_index_milvus_async_ext._milvus.session import Connected
+
+if TYPE_CHECKING:
+    from llama_index_milvus_async_ext._store.open_store import OpenStore
+
+T = TypeVar("T")
+
+
+async def call(store: OpenStore, connected: Connected, port: Port, what: Call[T], changes: bool = False) -> T:
+    """Make a call, retried as the store's policy says.
+
+    Raises:
+        MilvusException: Milvus rejected it, or could not be reached until the deadline.
+    """
+    request = connected.endpoint.call_request(what, store.limits, changes)
+    submission, *_ = await port.submit(request)
+    raise_failure(submission)
+    return cast(T, submission.results[0])
+
+
+async def schema(store: OpenStore, connected: Connected, port: Port) -> Schema:
+    """The schema of the store's collection, asked for once."""
+    known = connected.endpoint.connection.known_schema(store.collection_name)
+    if known is not None:
+        return known
+    return await call(store, connected, port, connected.endpoint.refreshed_schema(store.collection_name))
+
+
+async def schema_again(store: OpenStore, connected: Connected, port: Port, known: Schema) -> Schema:
+    """The schema of the store's collection as it is now, for what does not fit the one that is known.
+
+    Perhaps somebody has made the collection anew. If nothing has changed it is the very same object.
+    """
+    now = connected.endpoint.connection.known_schema(store.collection_name)
+    if now is not None and now is not known:
+        return now
+    return await call(store, connected, port, connected.endpoint.refreshed_schema(store.collection_name))
+
+
+async def clear(store: OpenStore, connected: Connected, port: Port) -> None:
+    """Drop the store's collection."""
+    await call(store, connected, port, drop(store.collection_name), changes=True)
+
+
+def raise_failure(submission: Submission[Any]) -> None:
+    """Raise the first failure of a submission, if it has any."""
+    failed = submission.failed_indices()
+    if failed:
+        failure = submission.failure(failed[0])
+        assert failure is not None
+        # Several callers may share the error of one request: each gets a copy of its own to raise.
+        raise fresh(failure.error)
+
+
+def delete(collection: str, expression: str, partition: str | None, options: dict[str, Any]) -> Call[None]:
+    """Delete what matches."""
+
+    async def run(endpoint: Endpoint, timeout: float) -> None:
+        await endpoint.connection.in_thread(
+            endpoint.connection.client.delete,
+            collection_name=collection,
+            filter=expression,
+            partition_name=partition,
+            timeout=timeout,
+            **options,
+        )
+
+    return run
+
+
+def query(collection: str, expression: str, partitions: Sequence[str] | None) -> Call[list[dict[str, Any]]]:
+    """Look up what matches."""
+
+    async def run(endpoint: Endpoint, timeout: float) -> list[dict[str, Any]]:
+        with endpoint.reloading(collection):
+            found = await endpoint.connection.in_thread(
+                endpoint.connection.client.query,
+                collection_name=collection,
+                filter=expression,
+                partition_names=partitions,
+                timeout=timeout,
+            )
+        return list(found)
+
+    return run
+
+
+def flush(collection: str) -> Call[None]:
+    """Seal what was written."""
+
+    async def run(endpoint: Endpoint, timeout: float) -> None:
+        await endpoint.connection.in_thread(endpoint.connection.client.flush, collection, timeout=timeout)
+
+    return run
+
+
+def drop(collection: str) -> Call[None]:
+    """Drop the collection."""
+
+    async def run(endpoint: Endpoint, timeout: float) -> None:
+        await endpoint.connection.in_thread(endpoint.connection.client.drop_collection, collection, timeout=timeout)
+        endpoint.connection.forget_schema(collection)
+
+    return run

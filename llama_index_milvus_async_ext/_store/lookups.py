@@ -1,0 +1,110 @@
+"""Deletes and look-ups of a store, by ids or filters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.schema import BaseNode
+from llama_index.core.vector_stores.types import MetadataFilters
+
+from llama_index_milvus_async_ext._lane.port import Port
+from llama_index_milvus_async_ext._milvus.errors import QueryError, QueryMismatchError
+from llama_index_milvus_async_ext._milvus.session import Connected
+from llama_index_milvus_async_ext._nodes.stored import stored_node
+from llama_index_milvus_async_ext._queries.filters import filter_expression, ids_expression, keys_expression
+from llama_index_milvus_async_ext._store import calls
+
+if TYPE_CHECKING:
+    from llama_index_milvus_async_ext._store.open_store import OpenStore
+
+_IDS_PER_REQUEST = 1_000
+
+
+async def delete_documents(
+    store: OpenStore,
+    connected: Connected,
+    port: Port,
+    ref_doc_id: str | list[str],
+    options: dict[str, Any],
+) -> None:
+    """Delete all nodes of documents."""
+    ids = [ref_doc_id] if isinstance(ref_doc_id, str) else ref_doc_id
+    await _delete(store, connected, port, [ids_expression(store.doc_id_field, some) for some in _slices(ids)], options)
+
+
+async def delete_nodes(
+    store: OpenStore,
+    connected: Connected,
+    port: Port,
+    node_ids: list[str] | None,
+    filters: MetadataFilters | None,
+    options: dict[str, Any],
+) -> None:
+    """Delete the nodes of these ids, or that match these filters; given both, those that meet both."""
+    expressions, _ = await _expressions(store, connected, port, node_ids, filters)
+    await _delete(store, connected, port, expressions, options)
+
+
+async def get_nodes(
+    store: OpenStore,
+    connected: Connected,
+    port: Port,
+    node_ids: list[str] | None,
+    filters: MetadataFilters | None,
+    options: dict[str, Any],
+) -> list[BaseNode]:
+    """The nodes of these ids, or that match these filters."""
+    if node_ids is not None and filters is not None and filters.filters:
+        raise QueryError("give node_ids or filters, not both")
+    expressions, key_name = await _expressions(store, connected, port, node_ids, filters)
+    nodes: list[BaseNode] = []
+    for expression in expressions:
+        look_up = calls.query(store.collection_name, expression, options.get("milvus_partition_names"))
+        items = await calls.call(store, connected, port, look_up)
+        nodes += [stored_node(store, item, key_name) for item in items]
+    return nodes
+
+
+async def _delete(
+    store: OpenStore,
+    connected: Connected,
+    port: Port,
+    expressions: Sequence[str],
+    options: dict[str, Any],
+) -> None:
+    others = dict(options)
+    partition = others.pop("milvus_partition_name", None)
+    for expression in expressions:
+        delete = calls.delete(store.collection_name, expression, partition, others)
+        await calls.call(store, connected, port, delete, changes=True)
+
+
+async def _expressions(
+    store: OpenStore,
+    connected: Connected,
+    port: Port,
+    node_ids: list[str] | None,
+    filters: MetadataFilters | None,
+) -> tuple[list[str], str]:
+    """Filter expressions that together name the nodes, each short enough for a request; and the key's name."""
+    matching = filter_expression(filters, is_lite=connected.endpoint.is_lite)
+    if node_ids is None:
+        if filters is None:
+            raise QueryError("either node_ids or filters must be given")
+        if not matching:
+            raise QueryError("the filters restrict nothing, and would name every node")
+        return [matching], (await calls.schema(store, connected, port)).primary_key.name
+    schema = await calls.schema(store, connected, port)
+    try:
+        expressions = [keys_expression(schema.primary_key, some) for some in _slices(node_ids)]
+    except QueryMismatchError:
+        now = await calls.schema_again(store, connected, port, schema)
+        expressions = [keys_expression(now.primary_key, some) for some in _slices(node_ids)]
+        schema = now
+    named = [f"{each} and ({matching})" if matching else each for each in expressions]
+    return named, schema.primary_key.name
+
+
+def _slices(ids: Sequence[str]) -> list[Sequence[str]]:
+    return [ids[start : start + _IDS_PER_REQUEST] for start in range(0, len(ids), _IDS_PER_REQUEST)]

@@ -1,0 +1,328 @@
+"""A store that is open: its settings, its connection, its calls, its end, and its copies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from operator import attrgetter
+from typing import Any, TypeVar
+
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.vector_stores.utils import DEFAULT_DOC_ID_KEY, DEFAULT_EMBEDDING_KEY, DEFAULT_TEXT_KEY
+from llama_index.vector_stores.milvus import IndexManagement, MilvusVectorStore
+from llama_index.vector_stores.milvus.utils import DEFAULT_SPARSE_EMBEDDING_KEY, BaseSparseEmbeddingFunction
+from pymilvus import AsyncMilvusClient, DataType, MilvusClient
+from typing_extensions import Self
+
+from llama_index_milvus_async_ext._lane.lanes import Lane
+from llama_index_milvus_async_ext._lane.port import Port
+from llama_index_milvus_async_ext._milvus.endpoint import Endpoint, Limits, WriteTarget
+from llama_index_milvus_async_ext._milvus.quiet import silence_pymilvus
+from llama_index_milvus_async_ext._milvus.schema import Row, Schema
+from llama_index_milvus_async_ext._milvus.session import Connected, close_with
+from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
+from llama_index_milvus_async_ext._nodes.rows import RowEncoder
+from llama_index_milvus_async_ext._store.opening import arguments_of, check_hooks, fitted, metric_for_new
+from llama_index_milvus_async_ext._store.statistics import StoreStatistics
+from llama_index_milvus_async_ext.retry import RetryPolicy
+
+T = TypeVar("T")
+
+_LIMITS_OF = attrgetter(*Limits._fields)
+# What decides which lane a store's rows take, besides their partition.
+_WRITE_SETTINGS_OF = attrgetter(
+    *("collection_name", "upsert_mode", "text_key", "doc_id_field", "enable_dense", "embedding_field"),
+    *("enable_sparse", "sparse_embedding_field", "sparse_embedding_function"),
+    *Limits._fields,
+)
+
+
+class OpenStore(MilvusVectorStore):
+    """What `AsyncMilvusVectorStore` is but for its writes and reads; see there for the arguments."""
+
+    upsert_mode: bool = Field(default=True, description="Whether rows replace earlier ones of the same id.")
+    max_concurrency: int = Field(default=8, description="Requests in flight to the endpoint at the most.")
+    batch_size: int = Field(default=800, description="Rows in one request at the most.")
+    max_batch_bytes: int = Field(default=8 << 20, description="Bytes of rows in one request at the most.")
+    max_batch_queries: int = Field(default=500, description="Queries in one search request at the most.")
+    rpc_timeout_seconds: float = Field(default=30.0, description="Bound on one attempt of one request, in seconds.")
+    retry: RetryPolicy = Field(default_factory=RetryPolicy, description="When failed requests are tried again.")
+
+    _settings: ConnectionSettings = PrivateAttr()
+    _connected: Connected | None = PrivateAttr(default=None)
+    _recent_write_lane: tuple[tuple[Any, ...], Lane[Any, None]] | None = PrivateAttr(default=None)
+
+    def __init__(
+        self,
+        uri: str = "./milvus_llamaindex.db",
+        token: str = "",
+        collection_name: str = "llamacollection",
+        overwrite: bool = False,
+        upsert_mode: bool = True,
+        collection_properties: dict[str, Any] | None = None,
+        doc_id_field: str = DEFAULT_DOC_ID_KEY,
+        text_key: str = DEFAULT_TEXT_KEY,
+        scalar_field_names: list[str] | None = None,
+        scalar_field_types: list[DataType] | None = None,
+        enable_dense: bool = True,
+        dim: int | None = None,
+        embedding_field: str = DEFAULT_EMBEDDING_KEY,
+        enable_sparse: bool = False,
+        sparse_embedding_field: str = DEFAULT_SPARSE_EMBEDDING_KEY,
+        sparse_embedding_function: Any = None,
+        index_management: IndexManagement = IndexManagement.CREATE_IF_NOT_EXISTS,
+        batch_size: int = 800,
+        index_config: dict[str, Any] | None = None,
+        sparse_index_config: dict[str, Any] | None = None,
+        search_config: dict[str, Any] | None = None,
+        similarity_metric: str | None = None,
+        consistency_level: str = "Session",
+        output_fields: list[str] | None = None,
+        hybrid_ranker: str = "RRFRanker",
+        hybrid_ranker_params: dict[str, Any] | None = None,
+        use_async_client: bool = True,
+        *,
+        max_concurrency: int = 8,
+        max_batch_bytes: int = 8 << 20,
+        max_batch_queries: int = 500,
+        rpc_timeout_seconds: float = 30.0,
+        retry: RetryPolicy | None = None,
+        served_at: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        own = {
+            "max_concurrency": max_concurrency,
+            "batch_size": batch_size,
+            "max_batch_bytes": max_batch_bytes,
+            "max_batch_queries": max_batch_queries,
+            "rpc_timeout_seconds": rpc_timeout_seconds,
+        }
+        check_hooks(type(self))
+        for name, value in own.items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        settings = ConnectionSettings(uri, token, kwargs, served_at)
+        endpoint = Endpoint.open(settings)
+        try:
+            with silence_pymilvus():
+                if overwrite:
+                    similarity_metric = metric_for_new(similarity_metric, index_config)
+                else:
+                    wanted = [embedding_field] * enable_dense + [sparse_embedding_field] * enable_sparse
+                    connection = endpoint.connection
+                    dim, similarity_metric = fitted(
+                        connection.client,
+                        lambda: connection.fetch_schema(collection_name, rpc_timeout_seconds),
+                        collection_name,
+                        wanted_fields=wanted,
+                        embedding_field=embedding_field,
+                        dim=dim,
+                        metric=similarity_metric,
+                        index_config=index_config,
+                        is_lite=endpoint.is_lite,
+                    )
+                super().__init__(
+                    uri=endpoint.uri,
+                    token=settings.token,
+                    collection_name=collection_name,
+                    overwrite=overwrite,
+                    upsert_mode=upsert_mode,
+                    collection_properties=collection_properties,
+                    doc_id_field=doc_id_field,
+                    text_key=text_key,
+                    scalar_field_names=scalar_field_names,
+                    scalar_field_types=scalar_field_types,
+                    enable_dense=enable_dense,
+                    dim=dim,
+                    embedding_field=embedding_field,
+                    enable_sparse=enable_sparse,
+                    sparse_embedding_field=sparse_embedding_field,
+                    sparse_embedding_function=sparse_embedding_function,
+                    index_management=index_management,
+                    batch_size=batch_size,
+                    index_config=index_config,
+                    sparse_index_config=sparse_index_config,
+                    search_config=search_config,
+                    similarity_metric=similarity_metric or "IP",
+                    consistency_level=consistency_level,
+                    output_fields=output_fields,
+                    hybrid_ranker=hybrid_ranker,
+                    hybrid_ranker_params=hybrid_ranker_params or {},
+                    use_async_client=use_async_client,
+                    **{"dedicated": True, **settings.options},
+                )
+                endpoint.connection.fetch_schema(collection_name, rpc_timeout_seconds)
+        except BaseException:
+            endpoint.close()
+            raise
+        for name, value in own.items():
+            setattr(self, name, value)
+        self.uri = settings.uri
+        self.retry = retry or RetryPolicy()
+        self._settings = settings
+        self._connected = Connected(endpoint, self._milvusclient, self._async_milvusclient)
+        close_with(self, self._connected)
+
+    @classmethod
+    async def aopen(cls, *args: Any, **kwargs: Any) -> Self:
+        """Open a store without blocking the event loop; the arguments are the constructor's.
+
+        store = await AsyncMilvusVectorStore.aopen(uri="http://localhost:19530", dim=384)
+        """
+        return await asyncio.to_thread(cls, *args, **kwargs)
+
+    @classmethod
+    def from_vector_store(cls, vector_store: MilvusVectorStore, **limits: Any) -> Self:
+        """Take over a plain store: the same database, as the same user, and the same collection and settings.
+
+        Rows are upserted, whatever the plain store's `upsert_mode`: its default, False, doubles rows on a second run.
+
+        Args:
+            vector_store: The plain store; it stays usable. One of this class is returned as it is.
+            **limits: Arguments that this class adds, such as `max_concurrency`.
+        """
+        if isinstance(vector_store, cls):
+            return vector_store
+        settings = ConnectionSettings.of_client(vector_store.client)
+        arguments = arguments_of(vector_store) | {"upsert_mode": True} | limits
+        arguments.setdefault("batch_size", cls.model_fields["batch_size"].default)
+        return cls(uri=settings.uri, token=settings.token, **arguments, **settings.options)
+
+    # --- connections
+
+    @property
+    def client(self) -> MilvusClient:
+        """Pymilvus's client, for what this class does not offer."""
+        # Upstream's constructor asks for it before there is anything else.
+        return self._milvusclient if self._connected is None else self.live().client
+
+    @property
+    def aclient(self) -> AsyncMilvusClient | None:
+        """Pymilvus's async client; unlike this store it serves one event loop only."""
+        return self.live().async_client
+
+    def live(self) -> Connected:
+        """What the store is connected with in this process; for this package."""
+        # From pydantic's dict of private attributes, as to ask for `self._connected` costs a call over a microsecond.
+        connected: Connected | None = (self.__pydantic_private__ or {})["_connected"]
+        assert connected is not None, "set at the end of __init__"
+        if connected.closed:
+            raise RuntimeError("this AsyncMilvusVectorStore is closed; make a new one")
+        if connected.pid != os.getpid():  # forked: nothing that was connected in the parent works here
+            connected = self._connected = Connected.anew(self._settings, self.use_async_client)
+            close_with(self, connected)
+        return connected
+
+    def close(self) -> None:
+        """Wait for the calls that are under way, then close the connection. May be called again.
+
+        Raises:
+            RuntimeError: Called in a coroutine while calls of its event loop are under way, for which it would wait
+                for ever; the store stays open. Use `aclose`, or `async with`.
+        """
+        if self._connected is not None:
+            self._connected.finish()
+
+    async def aclose(self) -> None:
+        """As `close`, without blocking the event loop."""
+        if self._connected is not None:
+            await self._connected.afinish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def statistics(self) -> StoreStatistics:
+        """What has gone to the endpoint so far, and what is on its way."""
+        return StoreStatistics.of(self.live().endpoint.shell.core)
+
+    # --- copies
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # pydantic's way would drop what does not pickle, connect elsewhere and apply `overwrite` again.
+        served_at = self.live().endpoint.connection.address if self._settings.is_file else None
+        arguments = arguments_of(self) | self.limits._asdict() | {"served_at": served_at}
+        connection = (self._settings.uri, self._settings.token, self._settings.options)
+        return (_rebuilt, (type(self), connection, arguments))
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        rebuild, arguments = self.__reduce_ex__(2)
+        copied: Self = rebuild(*arguments)
+        return copied
+
+    def __copy__(self) -> Self:
+        return self.__deepcopy__()
+
+    # --- for this package
+
+    async def in_call(self, port: Port, function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+        """One public call: whoever closes the store waits for its end."""
+        connected = self.live()
+        connected.begin(port)
+        try:
+            return await function(self, connected, port, *arguments)
+        finally:
+            connected.end(port)
+
+    @property
+    def limits(self) -> Limits:
+        """The bounds on this store's requests; for this package."""
+        return Limits._make(_LIMITS_OF(self))
+
+    def write_lane(
+        self, endpoint: Endpoint, schema: Schema, partition: str, upsert: bool | None = None
+    ) -> Lane[Any, None]:
+        """The lane that this store's rows take now; for this package."""
+        # The last one, if nothing has changed: comparing the settings takes 0.6 us, looking a lane up by them 2 us.
+        key = (endpoint, schema, partition, upsert, _WRITE_SETTINGS_OF(self))
+        private: dict[str, Any] = self.__pydantic_private__ or {}  # as in `live`
+        recent = private["_recent_write_lane"]
+        if recent is None or recent[0] != key:
+            target = WriteTarget(
+                collection=self.collection_name,
+                partition=partition,
+                upsert=self.upsert_mode if upsert is None else upsert,
+                text_key=self.text_key,
+                doc_id_field=self.doc_id_field,
+                embedding_field=self.embedding_field if self.enable_dense else None,
+                sparse_field=self.sparse_embedding_field if self.sparse_encoder is not None else None,
+            )
+            lane = endpoint.write_lane(target, schema, self.limits, lambda: _encoder(target, schema))
+            recent = private["_recent_write_lane"] = (key, lane)
+        known: Lane[Any, None] = recent[1]
+        return known
+
+    @property
+    def sparse_encoder(self) -> BaseSparseEmbeddingFunction | None:
+        """The function that computes sparse vectors in the client; None if Milvus does, or there are none."""
+        function = self.sparse_embedding_function
+        return function if self.enable_sparse and isinstance(function, BaseSparseEmbeddingFunction) else None
+
+
+def _encoder(target: WriteTarget, schema: Schema) -> Callable[[Any], tuple[Row, int]]:
+    """What turns a node, or a node and its sparse vector, into a row."""
+    encoder = RowEncoder(
+        schema,
+        text_key=target.text_key,
+        doc_id_field=target.doc_id_field,
+        embedding_field=target.embedding_field,
+        sparse_field=target.sparse_field,
+        upsert=target.upsert,
+    )
+    if target.sparse_field is None:
+        return encoder.encode
+    return lambda item: encoder.encode(*item)
+
+
+def _rebuilt(cls: type[OpenStore], connection: tuple[str, str, dict[str, Any]], arguments: dict[str, Any]) -> OpenStore:
+    uri, token, options = connection
+    return cls(uri=uri, token=token, **arguments, **options)

@@ -1,0 +1,264 @@
+"""One write of a store: from its nodes to the report of what became of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.schema import BaseNode
+from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.dispatcher import Dispatcher
+from llama_index_instrumentation.event_handlers import NullEventHandler
+from pymilvus.exceptions import MilvusException
+
+from llama_index_milvus_async_ext._lane.items import CancelledCallError, Failure, Submission
+from llama_index_milvus_async_ext._lane.port import Port, Request, ThreadPort, Voyage, run
+from llama_index_milvus_async_ext._milvus.errors import SchemaChangedError, SchemaMismatchError, classify, fresh
+from llama_index_milvus_async_ext._milvus.schema import Schema
+from llama_index_milvus_async_ext._milvus.session import Connected
+from llama_index_milvus_async_ext._nodes import sparse
+from llama_index_milvus_async_ext._store import calls
+from llama_index_milvus_async_ext.events import MilvusWriteEvent
+from llama_index_milvus_async_ext.report import FailedNode, WriteReport
+from llama_index_milvus_async_ext.retry import Verdict
+
+if TYPE_CHECKING:
+    from llama_index_milvus_async_ext._store.open_store import OpenStore
+
+dispatcher = get_dispatcher(__name__)
+
+
+class Write:
+    """A write under way.
+
+    Whatever interrupts it, a cancellation, Ctrl-C, or a flush that fails, carries the report in its attribute
+    `report`.
+
+    Args:
+        store: The store.
+        connected: Its connection, on which this call has begun.
+        port: The caller's.
+        nodes: The nodes.
+        partition: The partition; empty for the default one.
+        force_flush: Whether to have Milvus seal what was written.
+    """
+
+    def __init__(
+        self,
+        store: OpenStore,
+        connected: Connected,
+        port: Port,
+        nodes: Sequence[BaseNode],
+        partition: str = "",
+        force_flush: bool = False,
+    ) -> None:
+        self._started = time.perf_counter()
+        self._store = store
+        self._connected = connected
+        self._port = port
+        self._nodes = list(nodes)
+        self._keys = [node.node_id for node in self._nodes]
+        self._partition = partition
+        self._force_flush = force_flush
+        self._schema: Schema | None = None
+        self._vectors: list[Any] | None = None  # sparse ones, or the errors in their places
+        self._places: list[int] | None = None  # of the nodes that are submitted; None for all
+        self._failures: dict[int, Failure] = {}
+        self._retries = 0
+        self._has_outcomes = False
+
+    async def run(self) -> WriteReport:
+        """Write, and report; raises for no node."""
+        try:
+            request = await self.prepare()
+            if request is not None:
+                submission, *_ = await self._port.submit(request)
+                self.record(submission)
+            return await self.conclude()
+        except BaseException as interruption:
+            self.interrupt(interruption)
+            raise
+
+    async def prepare(self) -> Request | None:
+        """What is to be submitted; None if that is nothing."""
+        store = self._store
+        encoder = store.sparse_encoder
+        if encoder is not None:
+            texts = [node.get_content() for node in self._nodes]
+            self._vectors = await sparse.of_documents(encoder, texts, self._port.awaits)
+            for place, vector in enumerate(self._vectors):
+                if isinstance(vector, Exception):
+                    self._failures[place] = Failure(vector, 0, True, False)
+            if self._failures:
+                self._places = [place for place in range(len(self._nodes)) if place not in self._failures]
+        self._schema = self._connected.endpoint.connection.known_schema(store.collection_name)
+        if self._schema is None:
+            try:
+                self._schema = await calls.schema(store, self._connected, self._port)
+            except MilvusException as error:  # nothing can be sent: that, too, is an outcome of each node
+                failure = Failure(error, 0, classify(error).retryable, False)
+                self._fail_others(failure)
+                return None
+        return self._request(self._schema)
+
+    def _request(self, schema: Schema, upsert: bool | None = None) -> Request:
+        endpoint = self._connected.endpoint
+        lane = self._store.write_lane(endpoint, schema, self._partition, upsert)
+        values: list[Any] = self._nodes
+        if self._vectors is not None:
+            values = list(zip(self._nodes, self._vectors, strict=True))
+        keys = self._keys
+        if self._places is not None:
+            values, keys = [values[place] for place in self._places], [keys[place] for place in self._places]
+        return Request(endpoint.shell, lane, values, keys)
+
+    def record(self, submission: Submission[Any]) -> None:
+        """Take the outcomes of what was submitted."""
+        self._has_outcomes = True
+        self._retries += submission.retries
+        failed = submission.failed_indices()
+        if not failed and self._places is None:
+            return
+        places = self._places
+        for index in range(len(submission.results)) if places is not None else ():
+            self._failures.pop(places[index] if places is not None else index, None)
+        for index in failed:
+            failure = submission.failure(index)
+            assert failure is not None
+            self._failures[index if places is None else places[index]] = failure
+
+    async def conclude(self) -> WriteReport:
+        """Try once more what did not fit the schema, flush, and report."""
+        if self._failures:
+            await self._submit_again()
+        if self._force_flush:
+            await calls.call(self._store, self._connected, self._port, calls.flush(self._store.collection_name))
+        report = self.report()
+        self._tell(report)
+        return report
+
+    async def _submit_again(self) -> None:
+        """Submit those anew that were refused by a schema which the collection has no longer."""
+        schema = self._schema
+        refused = [place for place, failure in self._failures.items() if _is_refused(failure)]
+        if schema is None or not refused:
+            return
+        try:
+            now = await calls.schema_again(self._store, self._connected, self._port, schema)
+        except MilvusException:
+            return
+        if now is schema:
+            return
+        may_be_there = any(self._failures[place].ambiguous for place in refused)
+        self._schema, self._places = now, sorted(refused)
+        submission, *_ = await self._port.submit(self._request(now, upsert=may_be_there or None))
+        self.record(submission)
+
+    def _fail_others(self, failure: Failure) -> None:
+        self._failures = dict.fromkeys(range(len(self._nodes)), failure) | self._failures
+        self._has_outcomes = True
+
+    def interrupt(self, interruption: BaseException) -> None:
+        """Give the report to what interrupted the write."""
+        for submission in getattr(interruption, "submissions", ()):
+            if submission.lane.kind == "rows":
+                self.record(submission)
+        if not self._has_outcomes:
+            error = CancelledCallError("the call was interrupted before this was sent")
+            self._fail_others(Failure(error, 0, True, False))
+        if not isinstance(interruption, GeneratorExit):
+            interruption.report = self.report()  # type: ignore[attr-defined]
+            self._tell(interruption.report)  # type: ignore[attr-defined]
+
+    def report(self) -> WriteReport:
+        """What has become of each node."""
+        failures = self._failures
+        written = [key for place, key in enumerate(self._keys) if place not in failures] if failures else self._keys
+        report = WriteReport(
+            written=written, retries=self._retries, elapsed_seconds=time.perf_counter() - self._started
+        )
+        # Several callers may share the error of one request: each gets a copy of its own, which holds nothing else.
+        copies: dict[int, BaseException] = {}
+        for place in sorted(failures):
+            failure = failures[place]
+            error = copies.get(id(failure.error))
+            if error is None:
+                error = copies[id(failure.error)] = fresh(failure.error)
+            failed = FailedNode(self._nodes[place], error, failure.attempts, failure.retryable)
+            (report.unknown if failure.ambiguous else report.failed).append(failed)
+        return report
+
+    def _tell(self, report: WriteReport) -> None:
+        if _is_anyone_listening():
+            dispatcher.event(
+                MilvusWriteEvent(
+                    collection_name=self._store.collection_name,
+                    written=len(report.written),
+                    failed=len(report.failed),
+                    unknown=len(report.unknown),
+                    retries=report.retries,
+                    elapsed_seconds=report.elapsed_seconds,
+                )
+            )
+
+
+async def write(
+    store: OpenStore,
+    connected: Connected,
+    port: Port,
+    nodes: Sequence[BaseNode],
+    options: dict[str, Any],
+) -> WriteReport:
+    """Write nodes, and report what became of each."""
+    partition = options.get("milvus_partition_name") or ""
+    return await Write(store, connected, port, nodes, partition, options.get("force_flush", False)).run()
+
+
+class PendingWrite:
+    """A write that a thread has begun, and whose report it will ask for."""
+
+    def __init__(self, store: OpenStore, connected: Connected, nodes: Sequence[BaseNode]) -> None:
+        port = ThreadPort()
+        self._write = Write(store, connected, port, nodes)
+        request = run(self._write.prepare())
+        self._voyage: Voyage | None = None if request is None else port.begin(request)
+        self._is_recorded = request is None
+
+    def done(self) -> bool:
+        """Whether the outcomes are there."""
+        return self._voyage is None or self._voyage.has_arrived
+
+    def result(self) -> WriteReport:
+        """Block until they are, and report them."""
+        if self._voyage is not None and not self._is_recorded:
+            submission, *_ = self._voyage.wait()
+            self._write.record(submission)
+            self._is_recorded = True
+        return run(self._write.conclude())
+
+    def cancel(self) -> WriteReport:
+        """Give up on what has no outcome yet, and report."""
+        if self._voyage is not None and not self._is_recorded:
+            for submission in self._voyage.cancel():
+                self._write.record(submission)
+            self._is_recorded = True
+        return self._write.report()
+
+
+def _is_refused(failure: Failure) -> bool:
+    """Whether a node may fit the collection as it is now."""
+    error = failure.error
+    if isinstance(error, (SchemaMismatchError, SchemaChangedError)):
+        return True
+    return isinstance(error, MilvusException) and classify(error) is Verdict.BAD_DATA
+
+
+def _is_anyone_listening() -> bool:
+    """Whether an event would reach a handler; to make one takes longer than to find that out."""
+    current: Dispatcher | None = dispatcher
+    while current is not None:
+        if any(type(handler) is not NullEventHandler for handler in current.event_handlers):
+            return True
+        current = current.parent if current.propagate else None
+    return False

@@ -1,0 +1,400 @@
+"""Calls that are given up: whatever the moment, nothing stays taken, nobody else is hurt, and the report is there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import anyio
+import pytest
+from llama_index.core.schema import BaseNode
+from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters, VectorStoreQuery
+from pymilvus import MilvusClient
+
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy, WriteReport
+from tests.conftest import MakeNodes, lite_address
+from tests.embedding import HashEmbedding
+from tests.fault_proxy import FaultProxy
+from tests.faults import Drop, Exchange, Fault, MilvusError, Nth, Refuse
+from tests.waiting import until
+
+DIM = 8
+WRITES = ("Insert", "Upsert")
+QUICK = RetryPolicy(initial_backoff_seconds=0.001, max_backoff_seconds=0.01, deadline_seconds=5)
+HAS_TASK_GROUPS = sys.version_info >= (3, 11)
+
+Ask = Callable[[], Awaitable[Any]]
+
+
+class Held:
+    """A fault: the request reaches Milvus, or meets another fault, once `let_go` is called."""
+
+    def __init__(self, then: Fault | None = None) -> None:
+        self._then = then
+        self._is_free = threading.Event()
+
+    def __call__(self, exchange: Exchange) -> bytes:
+        self._is_free.wait(60)
+        return exchange.forward() if self._then is None else self._then(exchange)
+
+    def let_go(self) -> None:
+        self._is_free.set()
+
+
+@pytest.fixture
+def proxy(lite_uri: str) -> Iterator[FaultProxy]:
+    """A proxy for each test, and so an endpoint of which nothing is taken yet."""
+    with FaultProxy(lite_address(lite_uri)) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def collection_name(lite_uri: str) -> Iterator[str]:
+    """One collection for all tests here, which tell their rows apart by prefix."""
+    name = f"cancellation_{uuid.uuid4().hex}"
+    yield name
+    with contextlib.closing(MilvusClient(lite_uri)) as client:
+        client.drop_collection(name)
+
+
+@pytest.fixture
+def held() -> Iterator[Held]:
+    held = Held()
+    yield held
+    held.let_go()
+
+
+@pytest.fixture
+def make_store(proxy: FaultProxy, collection_name: str, held: Held) -> Iterator[Callable[..., AsyncMilvusVectorStore]]:
+    stores = []
+
+    def make(**changes: Any) -> AsyncMilvusVectorStore:
+        arguments = {"dim": DIM, "consistency_level": "Strong", "retry": QUICK, "rpc_timeout_seconds": 30.0}
+        stores.append(AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, **(arguments | changes)))
+        proxy.clear()
+        return stores[-1]
+
+    yield make
+    proxy.heal()
+    held.let_go()
+    for store in stores:
+        store.close()
+
+
+def query_of(group: str) -> VectorStoreQuery:
+    """A query that shares its requests with those of the same group only."""
+    filters = MetadataFilters(filters=[MetadataFilter(key="group", value=group)])
+    return VectorStoreQuery(query_embedding=[0.5] * DIM, similarity_top_k=1, filters=filters)
+
+
+async def turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def ids_in(report: WriteReport) -> list[str]:
+    return sorted([*report.written, *(f.node.node_id for f in (*report.failed, *report.unknown))])
+
+
+def check(report: WriteReport | None, nodes: list[Any], unknown: list[BaseNode]) -> None:
+    """The report has each node once, and these as unknown; nothing was acknowledged."""
+    assert report is not None, "there is a report"
+    assert ids_in(report) == sorted(node.node_id for node in nodes)
+    assert [f.node for f in report.unknown] == unknown
+    assert report.written == []
+
+
+# --- nothing stays taken
+
+
+async def give_up_in_time(ask: Ask, number: int) -> None:
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(ask(), 0.001)
+
+
+async def give_up_with_a_sibling(ask: Ask, number: int) -> None:
+    async def fail() -> None:
+        await turns(number % 11)
+        raise LookupError("the sibling")
+
+    with contextlib.suppress(Exception):  # an ExceptionGroup, which Python 3.10 does not know
+        async with asyncio.TaskGroup() as group:  # type: ignore[attr-defined, unused-ignore]
+            group.create_task(ask())
+            group.create_task(fail())
+
+
+async def give_up_after_some_turns(ask: Ask, number: int) -> None:
+    task = asyncio.ensure_future(ask())
+    await turns(number % 11)  # 0: before its first step
+    task.cancel()
+    await asyncio.wait([task])
+
+
+@pytest.mark.parametrize(
+    "give_up",
+    [
+        give_up_in_time,
+        pytest.param(
+            give_up_with_a_sibling,
+            marks=pytest.mark.skipif(not HAS_TASK_GROUPS, reason="Python 3.10 has no asyncio.TaskGroup"),
+        ),
+        give_up_after_some_turns,
+    ],
+)
+async def test_hundreds_of_cancelled_calls_leave_nothing_in_flight(
+    proxy: FaultProxy,
+    make_store: Any,
+    make_nodes: MakeNodes,
+    give_up: Callable[[Ask, int], Awaitable[None]],
+) -> None:
+    store, nodes = make_store(), make_nodes(1, dim=DIM)
+    await store.async_add(nodes)
+    proxy.script(Drop(), method="Search")
+
+    def search(query: VectorStoreQuery) -> Ask:
+        return lambda: store.aquery(query)
+
+    others: list[Ask] = [
+        lambda: store.awrite(nodes),
+        lambda: store.aget_nodes(node_ids=["other"]),
+        lambda: store.adelete_nodes(node_ids=["other"]),
+    ]
+    for round_ in range(100):
+        # Each with a filter of its own, and so in a request of its own: as many requests as may be in flight.
+        asking = [search(query_of(f"{round_}-{n}")) for n in range(store.max_concurrency)]
+        asking.append(others[round_ % len(others)])
+        await asyncio.gather(*(give_up(ask, round_ + n) for n, ask in enumerate(asking)))
+    proxy.heal()
+    await until(lambda: store.statistics().in_flight == 0)
+    assert store.statistics().waiting == 0
+    assert len((await store.aquery(VectorStoreQuery(query_embedding=[0.5] * DIM, similarity_top_k=1))).ids or []) == 1
+    assert await store.async_add(nodes) == [nodes[0].node_id]
+
+
+async def test_a_search_that_is_cancelled_while_its_retry_waits_for_a_slot_hurts_nobody(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, nodes = make_store(max_concurrency=1), make_nodes(1, dim=DIM)
+    await store.async_add(nodes)
+    for round_ in range(5):
+        proxy.clear()
+        refusal, retries = Held(then=Refuse()), store.statistics().retries
+        proxy.script(refusal, method="Search", on=Nth(1))
+        proxy.script(Drop(), method="Search")
+        refused = asyncio.create_task(store.aquery(query_of(f"refused {round_}")))
+        await until(lambda: proxy.counts["Search"] == 1)
+        next_in_the_slot = asyncio.create_task(store.aquery(query_of(f"next {round_}")))
+        await until(lambda: store.statistics().waiting == 1)
+        refusal.let_go()
+        await until(lambda: proxy.counts["Search"] == 2 and store.statistics().retries > retries)  # noqa: B023
+        behind = asyncio.create_task(store.aquery(query_of(f"next {round_}")))
+        await until(lambda: store.statistics().waiting >= 1)
+        await asyncio.sleep(0.05)  # nobody is told when the pause before a retry (a hundredth at the most) is over
+        proxy.heal()
+        next_in_the_slot.cancel()
+        refused.cancel()
+        await asyncio.wait([next_in_the_slot, refused])
+        assert (await behind).ids == []
+        assert await store.async_add(nodes) == [nodes[0].node_id]
+        await until(lambda: store.statistics().in_flight == 0)
+    assert not [r for r in caplog.records if r.levelname == "ERROR" and not r.name.startswith("grpc")]
+
+
+# --- the report is there
+
+
+async def test_a_write_cancelled_under_anyio_has_its_report(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held
+) -> None:
+    # As under Starlette and FastAPI: anyio cancels again at each turn of the loop, until the call has ended.
+    store, nodes = make_store(batch_size=10), make_nodes(30, dim=DIM)
+    proxy.script(held, method=WRITES)
+    raised: BaseException | None = None
+    with anyio.CancelScope() as scope:
+        async with anyio.create_task_group() as group:
+
+            async def leave() -> None:
+                await until(lambda: proxy.in_flight() == 1)
+                scope.cancel()
+
+            group.start_soon(leave)
+            try:
+                await store.awrite(nodes)
+            except BaseException as error:
+                raised = error
+                raise
+    assert isinstance(raised, asyncio.CancelledError)
+    check(getattr(raised, "report", None), nodes, unknown=nodes[:10])
+    assert WriteReport.of(raised) is raised.report  # type: ignore[attr-defined]
+
+
+async def test_a_writer_cancelled_under_anyio_has_its_report(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held
+) -> None:
+    writer = AsyncMilvusWriter(make_store(batch_size=10), HashEmbedding(dim=DIM, embed_batch_size=10))
+    nodes = make_nodes(30, dim=DIM)
+    proxy.script(held, method=WRITES)
+    raised: BaseException | None = None
+    with anyio.CancelScope() as scope:
+        async with anyio.create_task_group() as group:
+
+            async def leave() -> None:
+                await until(lambda: proxy.in_flight() == 1)
+                scope.cancel()
+
+            group.start_soon(leave)
+            try:
+                await writer.acall(nodes)
+            except BaseException as error:
+                raised = error
+                raise
+    check(writer.last_report, nodes, unknown=nodes[:10])
+    assert WriteReport.of(raised) is writer.last_report
+
+
+@pytest.mark.parametrize("turns_between", [1, 2, 3])
+async def test_a_write_cancelled_twice_has_its_report(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held, turns_between: int
+) -> None:
+    store, nodes = make_store(batch_size=10), make_nodes(30, dim=DIM)
+    proxy.script(held, method=WRITES)
+    raised: list[BaseException] = []
+
+    async def write() -> None:
+        try:
+            await store.awrite(nodes)
+        except asyncio.CancelledError as error:
+            raised.append(error)
+            raise
+
+    writing = asyncio.create_task(write())
+    await until(lambda: proxy.in_flight() == 1)
+    writing.cancel()
+    await turns(turns_between)
+    writing.cancel()
+    await asyncio.wait([writing])
+    check(getattr(raised[0], "report", None), nodes, unknown=nodes[:10])
+
+
+async def test_the_awaiter_of_a_cancelled_task_finds_the_report(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held
+) -> None:
+    # Python 3.10 raises another CancelledError there, with the first one as its context.
+    store, nodes = make_store(batch_size=10), make_nodes(30, dim=DIM)
+    proxy.script(held, method=WRITES)
+    writing = asyncio.create_task(store.async_add(nodes))
+    await until(lambda: proxy.in_flight() == 1)
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError) as raised:
+        await writing
+    check(WriteReport.of(raised.value), nodes, unknown=nodes[:10])
+
+
+async def test_a_write_that_runs_out_of_its_callers_time_has_its_report(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held
+) -> None:
+    store, nodes = make_store(batch_size=10), make_nodes(30, dim=DIM)
+    proxy.script(held, method=WRITES)
+    with pytest.raises(asyncio.TimeoutError) as raised:
+        await asyncio.wait_for(store.awrite(nodes), 0.5)
+    report = WriteReport.of(raised.value)
+    assert report is not None
+    assert ids_in(report) == sorted(node.node_id for node in nodes)
+    assert report.written == []
+
+
+async def test_a_failed_flush_says_that_the_rows_are_written(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes
+) -> None:
+    store, nodes = make_store(), make_nodes(5, dim=DIM)
+    proxy.script(MilvusError(1100, "no flush today"), method="Flush")
+    for write in (store.async_add, lambda nodes, **options: asyncio.to_thread(store.add, nodes, **options)):
+        with pytest.raises(Exception, match="no flush today") as raised:
+            await write(nodes, force_flush=True)
+        report = getattr(raised.value, "report", None)
+        assert report is not None, "the flush's error has the report of the write"
+        assert report.written == [node.node_id for node in nodes] and report.ok
+        assert WriteReport.of(raised.value) is report
+
+
+async def test_a_cancelled_flush_says_that_the_rows_are_written(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held
+) -> None:
+    store, nodes = make_store(), make_nodes(5, dim=DIM)
+    proxy.script(held, method="Flush")
+    writing = asyncio.create_task(store.async_add(nodes, force_flush=True))
+    await until(lambda: proxy.in_flight("Flush") == 1)
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError) as raised:
+        await writing
+    report = WriteReport.of(raised.value)
+    assert report is not None, "the cancellation has the report of the write"
+    assert report.written == [node.node_id for node in nodes] and report.ok
+
+
+INTERRUPTED = """
+import asyncio, json, sys
+from llama_index.core.schema import TextNode
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, WriteReport
+
+uri, collection, prefix, call = sys.argv[1:]
+nodes = [TextNode(id_=f"{prefix}-{n}", text="text", embedding=[0.5] * 8) for n in range(30)]
+store = AsyncMilvusVectorStore(uri=uri, collection_name=collection, dim=8, batch_size=10)
+calls = {
+    "store.add(nodes)": lambda: store.add(nodes),
+    "AsyncMilvusWriter(store)(nodes)": lambda: AsyncMilvusWriter(store)(nodes),
+    "asyncio.run(store.async_add(nodes))": lambda: asyncio.run(store.async_add(nodes)),
+}
+try:
+    calls[call]()
+except KeyboardInterrupt as error:
+    report = WriteReport.of(error)
+    if report is not None:
+        print(json.dumps([report.written, *([f.node.node_id for f in l] for l in (report.unknown, report.failed))]))
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "store.add(nodes)",
+        "AsyncMilvusWriter(store)(nodes)",
+        pytest.param(
+            "asyncio.run(store.async_add(nodes))",
+            marks=pytest.mark.skipif(
+                sys.version_info < (3, 11), reason="Python 3.10's asyncio.run raises what knows nothing of its task"
+            ),
+        ),
+    ],
+)
+async def test_ctrl_c_leaves_the_report(proxy: FaultProxy, make_store: Any, held: Held, call: str) -> None:
+    store, prefix = make_store(), uuid.uuid4().hex
+    proxy.script(held, method=WRITES, on=Nth(2))
+    command = [sys.executable, "-c", INTERRUPTED, proxy.uri, store.collection_name, prefix, call]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = await asyncio.to_thread(subprocess.Popen, command, text=True, **pipes)
+    try:
+        await until(lambda: sum(proxy.counts[method] for method in WRITES) == 2, seconds=60)
+        child.send_signal(signal.SIGINT)
+        said, complained = await asyncio.to_thread(child.communicate, timeout=30)
+    finally:
+        child.kill()
+    assert said, f"no report, but: {complained}"
+    ids = [f"{prefix}-{number}" for number in range(30)]
+    assert json.loads(said) == [ids[:10], ids[10:20], ids[20:]]
+
+
+def test_an_error_that_has_nothing_to_do_with_a_write_has_no_report() -> None:
+    looped = ValueError("its own cause")
+    looped.__cause__ = KeyError("its cause's cause")
+    looped.__cause__.__context__ = looped
+    assert WriteReport.of(looped) is None
+    assert WriteReport.of(asyncio.CancelledError()) is None

@@ -1,0 +1,357 @@
+"""Opening and closing beside other work: no call is cut off, nobody waits for ever, and no loop stands still."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters, VectorStoreQuery
+from pymilvus import MilvusClient
+
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter
+from tests.conftest import MakeNodes, lite_address
+from tests.embedding import HashEmbedding
+from tests.fault_proxy import FaultProxy
+from tests.faults import Nth
+from tests.test_cancellation import Held
+from tests.waiting import until
+
+DIM = 8
+WRITES = ("Insert", "Upsert")
+
+
+@pytest.fixture
+def proxy(lite_uri: str) -> Iterator[FaultProxy]:
+    with FaultProxy(lite_address(lite_uri)) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def collection_name(lite_uri: str) -> Iterator[str]:
+    """One collection for all tests here, which tell their rows apart by prefix."""
+    name = f"closing_{uuid.uuid4().hex}"
+    yield name
+    with contextlib.closing(MilvusClient(lite_uri)) as client:
+        client.drop_collection(name)
+
+
+@pytest.fixture
+def held() -> Iterator[Held]:
+    held = Held()
+    yield held
+    held.let_go()
+
+
+@pytest.fixture
+def store(proxy: FaultProxy, collection_name: str) -> AsyncMilvusVectorStore:
+    """A store that the test closes: what is tested here is that this ends."""
+    store = AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM, consistency_level="Strong")
+    proxy.clear()
+    return store
+
+
+def within(seconds: float, function: Callable[[], Any]) -> Any:
+    """Call a function in a thread of its own: one that hangs fails its test, and no more than that."""
+    outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome.result(timeout=seconds)
+
+
+def query_of(group: str = "any") -> VectorStoreQuery:
+    filters = MetadataFilters(filters=[MetadataFilter(key="group", value=group)])
+    return VectorStoreQuery(query_embedding=[0.5] * DIM, similarity_top_k=1, filters=filters)
+
+
+# --- close() where it would wait for itself
+
+
+def leave_with(store: AsyncMilvusVectorStore) -> None:
+    with store:
+        pass
+
+
+@pytest.mark.parametrize("close", [AsyncMilvusVectorStore.close, leave_with])
+@pytest.mark.parametrize("call", ["write", "search", "delete"])
+def test_closing_in_a_coroutine_whose_loop_has_calls_pending_is_refused_and_the_store_stays_open(
+    proxy: FaultProxy,
+    store: AsyncMilvusVectorStore,
+    make_nodes: MakeNodes,
+    held: Held,
+    close: Callable[[AsyncMilvusVectorStore], None],
+    call: str,
+) -> None:
+    nodes = make_nodes(3, dim=DIM)
+    proxy.script(held, method=(*WRITES, "Search", "Delete"), on=Nth(1))
+
+    async def scenario() -> None:
+        calls = {
+            "write": lambda: store.async_add(nodes),
+            "search": lambda: store.aquery(query_of()),
+            "delete": lambda: store.adelete("a document"),
+        }
+        pending = asyncio.ensure_future(calls[call]())
+        await until(lambda: proxy.in_flight() == 1)
+        with pytest.raises(RuntimeError, match=r"aclose\(\)"):
+            close(store)
+        held.let_go()
+        await pending
+        assert await store.async_add(nodes) == [node.node_id for node in nodes]
+        assert len(await store.aget_nodes(node_ids=[node.node_id for node in nodes])) == 3
+        close(store)  # with nothing pending it may
+        with pytest.raises(RuntimeError, match="closed"):
+            await store.async_add(nodes)
+
+    within(20, lambda: asyncio.run(scenario()))
+
+
+@pytest.mark.parametrize("end", ["stopped", "closed"])
+@pytest.mark.parametrize("call", ["write", "search", "delete"])
+def test_a_call_whose_loop_has_ended_is_not_waited_for(
+    proxy: FaultProxy, store: AsyncMilvusVectorStore, make_nodes: MakeNodes, held: Held, end: str, call: str
+) -> None:
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        pending = left_pending(loop, proxy, store, make_nodes, held, call)
+        if end == "closed":
+            loop.close()
+        held.let_go()
+        within(20, store.close)
+        del pending
+
+
+@pytest.mark.parametrize("call", ["write", "search", "delete"])
+def test_a_call_whose_loop_stood_still_while_the_store_was_closed_ends_when_the_loop_goes_on(
+    proxy: FaultProxy, store: AsyncMilvusVectorStore, make_nodes: MakeNodes, held: Held, call: str
+) -> None:
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        pending = left_pending(loop, proxy, store, make_nodes, held, call)
+        held.let_go()
+        within(20, store.close)
+        loop.run_until_complete(asyncio.wait([pending], timeout=20))
+        assert pending.done()
+        pending.exception()
+
+
+def left_pending(
+    loop: asyncio.AbstractEventLoop,
+    proxy: FaultProxy,
+    store: AsyncMilvusVectorStore,
+    make_nodes: MakeNodes,
+    held: Held,
+    call: str,
+) -> asyncio.Task[Any]:
+    """A call that is under way, on a loop that has stopped."""
+    proxy.script(held, method=(*WRITES, "Search", "Delete"))
+    calls: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+        "write": lambda: store.async_add(make_nodes(3, dim=DIM)),
+        "search": lambda: store.aquery(query_of()),
+        "delete": lambda: store.adelete("a document"),
+    }
+    pending = loop.create_task(calls[call]())
+    loop.run_until_complete(until(lambda: proxy.in_flight() == 1))
+    return pending
+
+
+# --- closing waits for whole calls
+
+
+class GatedEmbedding(HashEmbedding):
+    """Embeds its first calls' texts at once, and the others' when `go_on` is called."""
+
+    _gate: threading.Event = PrivateAttr(default_factory=threading.Event)
+
+    def go_on(self) -> None:
+        self._gate.set()
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        if self.calls >= 2:
+            self._gate.wait(60)
+        return self._embed(texts)
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return await asyncio.to_thread(self._get_text_embeddings, texts)
+
+
+@pytest.fixture
+async def model() -> AsyncIterator[GatedEmbedding]:
+    model = GatedEmbedding(dim=DIM, embed_batch_size=20)
+    yield model
+    model.go_on()
+
+
+async def refuses_calls(store: AsyncMilvusVectorStore) -> None:
+    """Return once the store takes no new calls: it is being closed."""
+    for _ in range(500):
+        try:
+            await store.aget_nodes(node_ids=["any"])
+        except RuntimeError:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it takes calls while it is being closed")
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+@pytest.mark.parametrize("call", ["delete nodes", "delete documents", "get"])
+async def test_closing_waits_for_a_call_of_several_requests(
+    proxy: FaultProxy, store: AsyncMilvusVectorStore, make_nodes: MakeNodes, held: Held, call: str, is_async: bool
+) -> None:
+    nodes = make_nodes(3, dim=DIM)
+    await store.async_add(nodes)
+    padding = [f"nobody-{number}" for number in range(1_500)]
+    node_ids = [nodes[0].node_id, *padding, nodes[1].node_id, *padding, nodes[2].node_id]
+    document = nodes[0].ref_doc_id
+    assert document is not None
+    awaited: dict[str, Callable[[], Any]] = {
+        "delete nodes": lambda: store.adelete_nodes(node_ids=node_ids),
+        "delete documents": lambda: store.adelete([*padding, *padding, document]),
+        "get": lambda: store.aget_nodes(node_ids=node_ids),
+    }
+    blocking: dict[str, Callable[[], Any]] = {
+        "delete nodes": lambda: store.delete_nodes(node_ids=node_ids),
+        "delete documents": lambda: store.delete([*padding, *padding, document]),
+        "get": lambda: store.get_nodes(node_ids=node_ids),
+    }
+    method = "Query" if call == "get" else "Delete"
+    proxy.clear()
+    proxy.script(held, method=method, on=Nth(1))
+    calling = asyncio.ensure_future(awaited[call]() if is_async else asyncio.to_thread(blocking[call]))
+    await until(lambda: proxy.in_flight(method) == 1)
+    closing = asyncio.create_task(store.aclose() if is_async else asyncio.to_thread(store.close))
+    await refuses_calls(store)
+    assert not closing.done()
+    held.let_go()
+    found = await calling
+    await closing
+    again = MilvusClient(proxy.uri, dedicated=True)
+    with contextlib.closing(again):
+        left = again.query(store.collection_name, ids=[node.node_id for node in nodes], consistency_level="Strong")
+    if call == "get":
+        assert sorted(node.node_id for node in found) == sorted(node.node_id for node in nodes)
+    else:
+        assert left == [], "all of it was carried out"
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_closing_waits_for_a_writer_that_still_embeds(
+    proxy: FaultProxy, store: AsyncMilvusVectorStore, make_nodes: MakeNodes, model: GatedEmbedding, is_async: bool
+) -> None:
+    nodes = make_nodes(400, dim=DIM)
+    for node in nodes:
+        node.embedding = None
+    writer = AsyncMilvusWriter(store, model)
+    writing = asyncio.ensure_future(writer.acall(nodes) if is_async else asyncio.to_thread(writer, nodes))
+    await until(lambda: len(proxy.requests_of(*WRITES)) >= 1)
+    closing = asyncio.create_task(store.aclose() if is_async else asyncio.to_thread(store.close))
+    await refuses_calls(store)
+    assert not closing.done()
+    model.go_on()
+    assert await writing == nodes
+    await closing
+    assert writer.last_report is not None
+    assert writer.last_report.written == [node.node_id for node in nodes]
+
+
+# --- opening
+
+
+@contextlib.asynccontextmanager
+async def opening_a_store_on_a_silent_host() -> AsyncIterator[asyncio.Task[Any]]:
+    """Meanwhile a thread opens a store on a host that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.setblocking(False)
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        opening = asyncio.create_task(asyncio.to_thread(AsyncMilvusVectorStore, uri=uri, dim=DIM))
+        connection, _ = await asyncio.get_running_loop().sock_accept(silent)
+        with connection:
+            yield opening
+    with pytest.raises(Exception, match=r"can't connect"):
+        await opening
+
+
+async def test_a_host_that_never_answers_keeps_no_loop_waiting(store: AsyncMilvusVectorStore) -> None:
+    async with opening_a_store_on_a_silent_host() as opening:
+        for number in range(3):  # filters that nobody has asked with, and so something to be set up
+            assert (await store.aquery(query_of(f"new {number}"))).ids == []
+        assert not opening.done(), "the loop did not stand still until the host was given up"
+    await store.aclose()
+
+
+async def test_a_host_that_never_answers_keeps_no_other_store_from_being_opened(
+    proxy: FaultProxy, store: AsyncMilvusVectorStore
+) -> None:
+    async with opening_a_store_on_a_silent_host() as opening:
+        arguments = {"collection_name": store.collection_name, "dim": DIM, "max_concurrency": 2}
+        other = await asyncio.to_thread(AsyncMilvusVectorStore, proxy.uri, **arguments)
+        assert not opening.done(), "it was not opened after the host was given up only"
+        await other.aclose()
+    await store.aclose()
+
+
+# --- the interpreter's exit
+
+EXITING = """
+import asyncio, atexit, sys
+
+calls = {}
+
+def at_the_end():  # the first one registered is the last one called
+    for name in names:
+        try:
+            calls[name]()
+            print(name, "answered", sep=": ", flush=True)
+        except RuntimeError as error:
+            print(name, error, sep=": ", flush=True)
+
+atexit.register(at_the_end)
+
+from llama_index.core.schema import TextNode
+from llama_index.core.vector_stores.types import VectorStoreQuery
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore
+
+uri, collection, *names = sys.argv[1:]
+nodes = [TextNode(id_="at the exit", text="text", embedding=[0.5] * 8)]
+query = VectorStoreQuery(query_embedding=[0.5] * 8, similarity_top_k=1)
+store = AsyncMilvusVectorStore(uri=uri, collection_name=collection, dim=8)
+store.add(nodes)
+calls["statistics"] = store.statistics
+calls["query"] = lambda: store.query(query)
+calls["aquery"] = lambda: asyncio.run(store.aquery(query))
+calls["add"] = lambda: store.add(nodes)
+calls["close"] = store.close
+calls["aclose"] = lambda: asyncio.run(store.aclose())
+"""
+CALLS = ["statistics", "query", "aquery", "add", "close", "aclose"]
+
+
+@pytest.mark.parametrize("where", ["at an address", "in a file"])
+def test_calls_from_an_early_exit_handler_end(lite_uri: str, collection_name: str, tmp_path: Path, where: str) -> None:
+    uri = f"http://{lite_address(lite_uri)}" if where == "at an address" else str(tmp_path / "own.db")
+    command = [sys.executable, "-c", EXITING, uri, collection_name, *CALLS]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)  # TimeoutExpired: a call hangs
+    assert ended.returncode == 0, ended.stderr
+    answers = dict(line.split(": ", 1) for line in ended.stdout.splitlines())
+    assert list(answers) == CALLS, ended.stdout + ended.stderr
+    unclear = {
+        name: answer
+        for name, answer in answers.items()
+        if answer != "answered" and not any(word in answer for word in ("exiting", "shutdown", "closed"))
+    }
+    assert not unclear
+    assert "Traceback" not in ended.stderr, ended.stderr

@@ -1,0 +1,749 @@
+"""The pure core alone, under a simulated clock: whatever comes in any order, it keeps what its docstring promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import tenacity
+from hypothesis import event, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from llama_index_milvus_async_ext._lane import core as core_module
+from llama_index_milvus_async_ext._lane import entrance as entrance_module
+from llama_index_milvus_async_ext._lane import ledger as ledger_module
+from llama_index_milvus_async_ext._lane.entrance import Entrance
+from llama_index_milvus_async_ext._lane.items import CancelledCallError
+from llama_index_milvus_async_ext._lane.lanes import Flight, Lane
+from llama_index_milvus_async_ext.retry import RetryPolicy, Verdict
+from tests.lane_world import LAST_ATTEMPT_SECONDS, Call, Value, World
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+VALUES = st.builds(
+    Value,
+    key=st.integers(0, 4),
+    nbytes=st.sampled_from([1, 1, 1, 3, 30]),
+    bad=st.sampled_from([False] * 7 + [True]),
+    unpreparable=st.sampled_from([False] * 9 + [True]),
+)
+FATES = st.sampled_from([None, None, None, None, *Verdict])
+ANY = st.integers(0, 11)
+
+
+class CoreMachine(RuleBasedStateMachine):
+    """All that can come to a core, in any order."""
+
+    @initialize(
+        capacity=st.integers(2, 9),
+        window=st.integers(1, 5),
+        per_step=st.integers(1, 4),
+        ceilings=st.lists(st.integers(1, 4), min_size=5, max_size=5),
+        in_flight=st.lists(st.integers(1, 3), min_size=5, max_size=5),
+        attempts=st.integers(1, 4),
+        pause=st.sampled_from([0.0, 0.05, 1.0]),
+    )
+    def begin(
+        self,
+        capacity: int,
+        window: int,
+        per_step: int,
+        ceilings: list[int],
+        in_flight: list[int],
+        attempts: int,
+        pause: float,
+    ) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(entrance_module, "WINDOW", window)
+        self.patch.setattr(core_module, "_ITEMS_PER_STEP", per_step)
+        self.patch.setattr(ledger_module, "_EXPIRED_PER_STEP", 2)
+        self.world = world = World()
+        shared = Entrance(capacity)
+        patient = RetryPolicy(max_attempts=attempts, deadline_seconds=10, wait=tenacity.wait_fixed(pause))
+        hasty = RetryPolicy(max_attempts=3, deadline_seconds=4, wait=tenacity.wait_fixed(1))
+        lanes: list[dict[str, Any]] = [
+            {"entrance": shared, "max_items": 4, "max_bytes": 20, "policy": patient},
+            {"entrance": shared, "max_items": 3, "max_bytes": 5, "policy": hasty},
+            {"entrance": Entrance(20), "abort_when_unwanted": True, "spread_above": 2, "policy": hasty},
+            {"entrance": Entrance(5), "exclusive": "a file", "policy": patient},
+            {"entrance": Entrance(7), "exclusive": "a file", "max_items": 1, "policy": hasty},
+        ]
+        for number, lane in enumerate(lanes):
+            bounds = {"ceiling": ceilings[number], "max_in_flight": in_flight[number], "rpc_timeout_seconds": 3.0}
+            world.lane(**(bounds | lane))
+
+    def _lane(self, number: int) -> Lane[Value, str]:
+        return self.world.lanes[(0, 1, 0, 1, 0, 1, 2, 2, 3, 4, 0, 1)[number]]
+
+    @rule(lane=ANY, values=st.lists(VALUES, max_size=6))
+    def submit(self, lane: int, values: list[Value]) -> None:
+        self.world.submit(self._lane(lane), values)
+
+    @rule(lane=ANY, values=st.lists(VALUES, min_size=2, max_size=6))
+    def submit_each_by_itself(self, lane: int, values: list[Value]) -> None:
+        for value in values:
+            self.world.submit(self._lane(lane), [value])
+
+    @rule(lane=ANY, count=st.integers(7, 40), first=st.integers(0, 9))
+    def submit_many_of_different_keys(self, lane: int, count: int, first: int) -> None:
+        self.world.submit(self._lane(lane), [Value(key=first + n) for n in range(count)])
+
+    @rule()
+    def one_step(self) -> None:
+        self.world.step()
+
+    @rule()
+    def all_steps(self) -> None:
+        self.world.settle_down()
+
+    @precondition(lambda self: self.world.out)
+    @rule(which=ANY, verdict=FATES, executed=st.booleans())
+    def answer(self, which: int, verdict: Verdict | None, executed: bool) -> None:
+        flights = list(self.world.out)
+        self.world.answer(flights[which % len(flights)], verdict, executed)
+
+    @precondition(lambda self: self.world.out)
+    @rule(which=ANY)
+    def answer_too_little(self, which: int) -> None:
+        flights = list(self.world.out)
+        self.world.answer(flights[which % len(flights)], None, missing=1)
+
+    @precondition(lambda self: self.world.calls)
+    @rule(which=st.integers(0, 40), settled_too=st.sampled_from([False] * 9 + [True]))
+    def cancel(self, which: int, settled_too: bool) -> None:
+        calls = [call for call in self.world.calls if settled_too or call.open]
+        if calls:
+            call = calls[-1 - which % len(calls)]
+            event(f"cancelled: {self._state_of(call)}")
+            self.world.cancel(call)
+
+    @precondition(lambda self: self.world.out)
+    @rule(which=ANY, verdict=FATES)
+    def cancel_one_of_a_batch_and_answer_it(self, which: int, verdict: Verdict | None) -> None:
+        flight = list(self.world.out)[which % len(self.world.out)]
+        for call in self.world.calls:
+            if call.open and any(item.flight is flight for item in call.outcomes.live):
+                self.world.cancel(call)
+                break
+        self.world.answer(flight, verdict)
+
+    @rule(seconds=st.sampled_from([0.01, 0.1, 0.5, 1.0, 3.0, 5.0]), executed=st.booleans())
+    def time_passes(self, seconds: float, executed: bool) -> None:
+        self.world.advance(seconds, executed)
+
+    @rule(executed=st.booleans())
+    def time_passes_until_something_is_due(self, executed: bool) -> None:
+        self.world.settle_down()
+        at = self.world.next_event()
+        if at is not None:
+            self.world.advance(max(at - self.world.now, 0.0), executed)
+
+    @rule(seconds=st.sampled_from([0.01, 0.08, 0.5, 5.0]))
+    def the_loop_is_busy_elsewhere(self, seconds: float) -> None:
+        self.world.stall(seconds)
+
+    @rule(sure=st.sampled_from([False] * 9 + [True]))
+    def cancel_all(self, sure: bool) -> None:
+        if sure:
+            self.world.cancel_all()
+
+    @invariant()
+    def everything_is_as_it_should_be(self) -> None:
+        if hasattr(self, "world"):
+            self.world.check()
+            if any(call.open and 0 < call.outcomes.entered < len(call.values) for call in self.world.calls):
+                event("partly in")
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        try:
+            self.world.finish()
+            self.world.check_that_nothing_is_left()
+        finally:
+            self.patch.undo()
+
+    def _state_of(self, call: Call) -> str:
+        items = list(call.outcomes.live)
+        if not call.open:
+            return "settled"
+        if any(item.flight in self.world.out for item in items):
+            return "sent"
+        if any(item.flight is not None and item.flight is item.flight.lane.filling for item in items):
+            return "filling"
+        return "paused" if any(item.flight is not None for item in items) else "waiting"
+
+
+TestCore = CoreMachine.TestCase
+TestCore.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+
+
+# --- each guarantee by itself
+
+
+def patient(**changes: Any) -> RetryPolicy:
+    return RetryPolicy(**({"max_attempts": 1_000, "deadline_seconds": 20, "wait": tenacity.wait_fixed(1)} | changes))
+
+
+def first(world: World) -> Flight[Value]:
+    return next(iter(world.out))
+
+
+def names(values: Sequence[Value]) -> list[int]:
+    return [value.number for value in values]
+
+
+def sizes(world: World) -> list[int]:
+    return [len(values) for _, values in world.requests]
+
+
+def test_what_is_submitted_together_travels_together(world: World) -> None:
+    lane = world.lane()
+    for _ in range(8):
+        world.submit_many(lane, 1)
+    world.finish()
+    assert sizes(world) == [8]
+    world.check_that_nothing_is_left()
+
+
+def test_a_busy_lane_batches_by_itself(world: World) -> None:
+    lane = world.lane(max_in_flight=1)
+    world.submit_many(lane, 1)
+    world.settle_down()
+    for _ in range(5):
+        world.submit_many(lane, 1)
+    world.finish()
+    assert sizes(world) == [1, 5]
+
+
+def test_batches_keep_to_items_and_bytes_and_one_item_alone_may_be_larger(world: World) -> None:
+    lane = world.lane(max_items=3, max_bytes=10)
+    world.submit(lane, [Value(nbytes=4)] * 4)
+    world.submit_many(lane, 7)
+    world.finish()
+    world.submit(lane, [Value(nbytes=5_000), Value()])
+    world.finish()
+    assert max(sizes(world)) <= 3
+    assert [names(values) for _, values in world.requests][-2:] == [[12], [13]]
+
+
+def test_what_comes_to_an_idle_lane_is_spread_over_the_free_slots(world: World) -> None:
+    lane = world.lane(spread_above=3)
+    world.submit_many(lane, 16)
+    world.finish()
+    for _ in range(5):
+        world.submit_many(lane, 1)
+    world.finish()
+    world.submit_many(lane, 100)
+    world.finish()
+    assert sizes(world)[:6] == [4, 4, 4, 4, 3, 2]
+    assert sizes(world)[6:10] == [8] * 4, "no larger than max_items"
+
+
+def test_what_comes_while_the_endpoint_is_at_work_is_not_spread(world: World) -> None:
+    lane = world.lane(spread_above=3)
+    world.submit_many(lane, 1)
+    world.settle_down()
+    world.submit_many(lane, 8)
+    world.finish()
+    assert sizes(world) == [1, 8]
+    world.submit_many(lane, 8)
+    world.finish()
+    assert sizes(world)[2:] == [3, 3, 2], "it is again, once it has nothing to do"
+
+
+def test_a_call_of_nothing_is_answered_at_once(world: World) -> None:
+    call = world.submit_many(world.lane(), 0)
+    world.perform()
+    assert not call.open
+    world.check_that_nothing_is_left()
+
+
+@pytest.mark.parametrize("n", [2, 7, 64, 500, 1_000])
+@pytest.mark.parametrize("place", [0.0, 0.33, 1.0])
+def test_one_bad_item_fails_alone_and_costs_few_requests(world: World, n: int, place: float) -> None:
+    bad = int((n - 1) * place)
+    call = world.submit(world.lane(max_items=n, max_in_flight=1), [Value(bad=index == bad) for index in range(n)])
+    assert world.finish() <= 2 * math.log2(n) + 2
+    assert call.outcomes.failed_indices() == [bad]
+    failure = call.failures[bad]
+    assert failure is not None and not failure.retryable and not failure.ambiguous
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 500, 1_000])
+def test_a_batch_of_bad_items_costs_a_bounded_number_of_requests(world: World, n: int) -> None:
+    call = world.submit(world.lane(max_items=n, max_in_flight=1), [Value(bad=True)] * n)
+    doublings = n.bit_length()
+    assert world.finish() <= min(2 * n, 8 * doublings + 8 + doublings)
+    alone = {
+        index for index, value in enumerate(call.values) if any(carried == [value] for _, carried in world.requests)
+    }
+    assert [failure.retryable for failure in call.failures if failure] == [index not in alone for index in range(n)]
+
+
+def test_an_item_that_cant_be_prepared_costs_no_request_and_no_neighbour(world: World) -> None:
+    call = world.submit(world.lane(), [Value(), Value(unpreparable=True), Value()])
+    world.finish()
+    assert sizes(world) == [2]
+    failure = call.failures[1]
+    assert failure is not None and isinstance(failure.error, ValueError) and failure.error.__traceback__ is None
+    assert (failure.attempts, failure.retryable, failure.ambiguous) == (0, False, False)
+    assert call.outcomes.failed_indices() == [1]
+
+
+def test_an_item_that_cant_be_prepared_again_costs_its_neighbours_nothing(world: World) -> None:
+    unpreparable: set[Value] = set()
+
+    def prepare_once(value: Value) -> tuple[Value, int]:
+        if value in unpreparable:
+            raise ValueError("gone")
+        return value, 1
+
+    lane = world.lane(prepare=prepare_once)
+    call = world.submit_many(lane, 3)
+    world.settle_down()
+    unpreparable.add(call.values[1])
+    world.answer(first(world), Verdict.AMBIGUOUS)
+    for _ in range(2):
+        world.now += 1
+        world.settle_down()
+    assert sizes(world) == [3, 2]
+    world.answer(first(world), None)
+    failure = call.outcomes.failure(1)
+    assert failure is not None and failure.ambiguous and failure.attempts == 1
+    assert call.outcomes.failed_indices() == [1]
+    world.check_that_nothing_is_left()
+
+
+def test_too_few_results_fail_all_and_say_that_they_may_have_been_stored(world: World) -> None:
+    call = world.submit_many(world.lane(), 3)
+    world.settle_down()
+    world.answer(first(world), None, missing=1)
+    assert all(failure and failure.ambiguous and not failure.retryable for failure in call.failures)
+    world.check_that_nothing_is_left()
+
+
+def test_equal_keys_go_one_after_the_other_in_the_order_of_submission_across_lanes(world: World) -> None:
+    shared = Entrance(100)
+    lanes = [world.lane(entrance=shared, max_items=size) for size in (2, 5)]
+    for number in range(12):
+        world.submit(lanes[number % 2], [Value(key=1), Value(key=number)])
+    world.finish()
+    assert [value.number for _, values in world.requests for value in values if value.key == 1] == [
+        value.number for call in world.calls for value in call.values if value.key == 1
+    ]
+    assert max(sum(value.key == 1 for value in values) for _, values in world.requests) == 1
+    world.check_that_nothing_is_left()
+
+
+def test_a_call_waits_behind_an_equal_key_of_one_that_is_not_in_yet(world: World, monkeypatch: Any) -> None:
+    monkeypatch.setattr(entrance_module, "WINDOW", 4)
+    shared = Entrance(8)
+    large, small = world.lane(entrance=shared, max_items=4, max_in_flight=1), world.lane(entrance=shared)
+    slow = world.submit(large, [Value(key=key) for key in range(40)])
+    equal, other = world.submit(small, [Value(key=39)]), world.submit(small, [Value(key=100)])
+    after_it = world.submit(small, [Value(key=39), Value(key=101)])
+    world.settle_down()
+    while equal.open:
+        if not other.open:
+            assert slow.values[39] in world.acknowledged or not world.attempts[equal.values[0]]
+        world.answer(first(world), None)
+        world.settle_down()
+    assert slow.values[39] in world.acknowledged
+    world.finish()
+    order = [value for _, values in world.requests for value in values]
+    assert order.index(other.values[0]) < order.index(slow.values[20]), "what shares no key does not wait"
+    assert order.index(equal.values[0]) < order.index(after_it.values[0])
+
+
+def test_an_item_whose_key_came_before_is_sent_as_an_upsert(world: World) -> None:
+    world.submit(world.lane(), [Value(key=1), Value(key=2), Value(key=1)])
+    world.finish()
+    assert [(len(values), upsert) for (_, values), upsert in zip(world.requests, world.upserts, strict=True)] == [
+        (2, False),
+        (1, True),
+    ]
+
+
+def test_an_equal_key_far_behind_in_the_same_call_is_sent_as_an_upsert_too(world: World) -> None:
+    lane = world.lane(entrance=Entrance(2), max_items=1, max_in_flight=1)
+    world.submit(lane, [Value(key=1), Value(key=2), Value(key=3), Value(key=1)])
+    world.finish()
+    assert world.upserts == [False, False, False, True]
+
+
+@pytest.mark.parametrize("verdict", [Verdict.TRANSIENT, Verdict.OVERLOAD, Verdict.AMBIGUOUS])
+def test_a_passing_fault_is_retried_after_a_pause(world: World, verdict: Verdict) -> None:
+    call = world.submit(world.lane(), [Value(key=key) for key in range(3)])
+    for attempt in range(2):
+        world.settle_down()
+        assert len(world.requests) == attempt + 1
+        world.answer(first(world), verdict)
+        assert world.core.in_flight == 0, "a pause takes no slot"
+        world.advance(1)
+    world.finish()
+    assert not call.outcomes.failed_indices() and call.outcomes.retries == 2
+    assert world.upserts == [False] + [verdict is Verdict.AMBIGUOUS] * 2
+    assert all(len(rows) == 1 for rows in world.rows.values())
+
+
+@pytest.mark.parametrize("verdict", [Verdict.PERMANENT, Verdict.FULL, Verdict.UNEXPECTED])
+def test_what_no_other_attempt_mends_is_sent_once(world: World, verdict: Verdict) -> None:
+    call = world.submit_many(world.lane(), 3)
+    assert world.finish(lambda _: verdict) == 1
+    for failure in call.failures:
+        assert failure is not None and failure.attempts == 1
+        assert failure.retryable == (verdict is Verdict.FULL)
+        assert failure.ambiguous == (verdict is Verdict.UNEXPECTED)
+
+
+def test_what_no_answer_settled_is_ambiguous_though_it_is_rejected_later(world: World) -> None:
+    call = world.submit_many(world.lane(), 2)
+    world.settle_down()
+    world.answer(first(world), Verdict.AMBIGUOUS)
+    world.finish(lambda _: Verdict.PERMANENT)
+    assert all(failure and failure.ambiguous and not failure.retryable for failure in call.failures)
+
+
+def test_attempts_are_bounded_but_not_those_rejected_for_overload(world: World) -> None:
+    lane = world.lane(policy=patient(max_attempts=3, deadline_seconds=1_000))
+    call = world.submit_many(lane, 1)
+    assert world.finish(lambda _: Verdict.TRANSIENT) == 3
+    assert call.failures[0] is not None and call.failures[0].retryable
+    fates = iter([Verdict.OVERLOAD] * 50)
+    call = world.submit_many(lane, 1)
+    assert world.finish(lambda _: next(fates, None)) == 51
+    assert call.failures == [None]
+
+
+def test_an_overload_lowers_the_limit_for_all_and_successes_raise_it_again(world: World) -> None:
+    lane = world.lane(max_items=1, max_in_flight=8, ceiling=8)
+    world.submit_many(lane, 8)
+    world.settle_down()
+    assert len(world.out) == 8
+    for flight in list(world.out):
+        world.answer(flight, Verdict.OVERLOAD)
+    assert world.core.limit.current == 5, "one cut for all that were out together"
+    world.submit_many(lane, 200)
+    peak = 0
+    while not world.core.idle:
+        world.settle_down()
+        peak = max(peak, len(world.out))
+        if world.out:
+            world.answer(first(world), None)
+        else:
+            world.now += 1
+    assert peak == world.core.limit.current == 8
+
+
+def test_endless_overload_ends_at_the_deadline(world: World) -> None:
+    call = world.submit_many(world.lane(policy=patient(max_attempts=1)), 1)
+    world.finish(lambda _: Verdict.OVERLOAD)
+    assert call.failures[0] is not None and call.failures[0].retryable and not call.failures[0].ambiguous
+    assert world.now <= 1_000 + 20 + LAST_ATTEMPT_SECONDS
+
+
+def test_a_dead_endpoint_costs_the_deadline_in_all_however_much_waits(world: World) -> None:
+    lane = world.lane(policy=patient())
+    calls = [world.submit_many(lane, 100) for _ in range(10)]
+    world.advance(20 + LAST_ATTEMPT_SECONDS)
+    failures = [failure for call in calls for failure in call.failures]
+    assert len(failures) == 1_000 and all(failures)
+    assert all(failure.ambiguous == (failure.attempts > 0) for failure in failures if failure)
+    world.check_that_nothing_is_left()
+
+
+def test_many_that_want_their_last_attempt_in_one_slot_meet_the_deadline_together(world: World) -> None:
+    lanes = [world.lane(ceiling=1, max_items=1, policy=patient()) for _ in range(6)]
+    for lane in lanes:
+        world.submit_many(lane, 1)
+    for _ in lanes:
+        world.settle_down()
+        world.answer(first(world), Verdict.TRANSIENT)
+    world.advance(20 + LAST_ATTEMPT_SECONDS)
+    world.check()
+    world.check_that_nothing_is_left()
+
+
+def test_one_that_waits_for_a_slot_meets_its_deadline_behind_one_that_has_more_time(world: World) -> None:
+    long, short, other = (
+        world.lane(ceiling=1, rpc_timeout_seconds=50, policy=patient(deadline_seconds=seconds))
+        for seconds in (100, 5, 100)
+    )
+    for lane in (long, short):
+        call = world.submit_many(lane, 1)
+        world.settle_down()
+        world.answer(first(world), Verdict.TRANSIENT)
+    world.submit_many(other, 1)
+    world.advance(5 + LAST_ATTEMPT_SECONDS)
+    assert not call.open
+
+
+def test_a_batch_that_was_filled_slowly_has_time_for_its_answer_or_is_not_sent(world: World, monkeypatch: Any) -> None:
+    monkeypatch.setattr(core_module, "_ITEMS_PER_STEP", 1)
+    for late in (19.98, 20.03, 20.07, 20.2, 50.0):
+        lane, began = world.lane(max_items=3), world.now
+        call = world.submit_many(lane, 3)
+        while lane.filling is None:
+            world.step()
+        world.now = began + late
+        world.finish()
+        assert all(failure is None or not failure.attempts for failure in call.failures)
+    world.check_that_nothing_is_left()
+
+
+def test_halves_of_a_refused_batch_meet_the_deadline(world: World) -> None:
+    world.submit(world.lane(max_items=64, max_in_flight=1, policy=patient(deadline_seconds=10)), [Value(bad=True)] * 64)
+    world.settle_down()
+    while world.out:
+        world.now += min(2.0, world.out[first(world)].timeout_seconds)
+        world.answer(first(world), None)
+        world.settle_down()
+        world.check()
+    world.check_that_nothing_is_left()
+
+
+def test_halves_of_a_refused_batch_go_on_while_the_endpoint_acknowledges(world: World) -> None:
+    lane = world.lane(max_items=64, max_in_flight=1, policy=patient(deadline_seconds=10))
+    call = world.submit(lane, [Value(bad=index == 63) for index in range(64)])
+    world.settle_down()
+    while world.out:
+        world.now += 2.0
+        world.answer(first(world), Verdict.AMBIGUOUS if world.out[first(world)].timeout_seconds < 2 else None)
+        world.settle_down()
+    assert call.outcomes.failed_indices() == [63]
+
+
+def test_a_half_fails_with_the_error_that_it_met_itself(world: World) -> None:
+    lane = world.lane(ceiling=1, max_items=4, policy=patient(deadline_seconds=5))
+    other = world.lane(ceiling=1, rpc_timeout_seconds=50, policy=patient(deadline_seconds=100))
+    call = world.submit_many(lane, 4)
+    world.settle_down()
+    world.submit_many(other, 1)
+    world.answer(first(world), Verdict.BAD_DATA)
+    world.settle_down()
+    world.answer(first(world), Verdict.TRANSIENT)
+    world.advance(10)
+    assert not call.open
+
+
+def test_a_long_write_that_moves_on_never_meets_the_deadline(world: World) -> None:
+    call = world.submit_many(world.lane(max_in_flight=1, policy=patient(deadline_seconds=10)), 200)
+    world.settle_down()
+    while call.open:
+        world.advance(5)
+        world.answer(first(world), None)
+        world.settle_down()
+    assert not call.outcomes.failed_indices() and world.now > 1_100
+
+
+def test_callers_share_a_batch_evenly(world: World) -> None:
+    lane = world.lane(max_in_flight=1)
+    world.submit_many(lane, 1)
+    world.settle_down()
+    large, small = world.submit_many(lane, 100), world.submit_many(lane, 4)
+    world.answer(first(world), None)
+    world.settle_down()
+    batch = world.requests[-1][1]
+    assert len([value for value in batch if value in small.values]) == 4
+    assert len([value for value in batch if value in large.values]) == 4
+
+
+@pytest.mark.parametrize("capacity", [10, 16, 10_000])
+def test_a_small_call_is_in_one_of_the_next_batches_of_a_large_one(
+    world: World, capacity: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(entrance_module, "WINDOW", 16)
+    lane = world.lane(max_in_flight=1, entrance=Entrance(capacity))
+    world.submit(lane, [Value(key=key) for key in range(800)])
+    world.settle_down()
+    small = world.submit(lane, [Value(key=1_000)])
+    requests = len(world.requests)
+    while small.open:
+        world.answer(first(world), None)
+        world.settle_down()
+    assert len(world.requests) - requests <= capacity // 8 % 1_000 + 3
+    world.cancel_all()
+
+
+def test_lanes_take_turns_for_the_slots(world: World) -> None:
+    large, small = world.lane(ceiling=1), world.lane(ceiling=1)
+    world.submit_many(large, 800)
+    for _ in range(5):
+        world.settle_down()
+        call = world.submit_many(small, 1)
+        requests = len(world.requests)
+        while call.open:
+            world.answer(first(world), None)
+            world.settle_down()
+        assert len(world.requests) - requests <= 3
+
+
+def test_what_is_sent_again_comes_first_but_starves_nobody(world: World) -> None:
+    policy = RetryPolicy(max_attempts=1_000, deadline_seconds=100, wait=tenacity.wait_fixed(0.5))
+    writes, reads = (world.lane(ceiling=8, max_in_flight=8, max_items=1, policy=policy) for _ in range(2))
+    world.submit_many(writes, 8)
+    world.settle_down()
+
+    def work(seconds: float, until: Callable[[], bool] = lambda: False) -> None:
+        """A server with one request every tenth of a second, which rejects writes."""
+        end = world.now + seconds
+        while world.now < end and not until():
+            if world.out:
+                world.now += 0.1
+                world.answer(first(world), Verdict.OVERLOAD if first(world).lane is writes else None)
+            else:
+                world.now = world.core.next_wake() or world.now
+            world.settle_down()
+
+    work(10)
+    call = world.submit_many(reads, 1)
+    world.settle_down()
+    work(10, until=lambda: not call.open)
+    assert not call.open
+    world.finish()
+
+
+def test_a_lane_whose_calls_were_all_cancelled_bars_nobody(world: World) -> None:
+    low, high = world.lane(ceiling=1), world.lane(ceiling=4)
+    world.submit_many(low, 1)
+    world.submit_many(high, 0)
+    world.core.limit.allow(4)
+    world.settle_down()
+    other = world.lane(ceiling=1)
+    call = world.submit_many(other, 1)
+    world.settle_down()
+    world.cancel(call)
+    world.submit_many(high, 1)
+    world.settle_down()
+    assert len(world.out) == 2
+
+
+def test_lanes_of_one_exclusive_have_one_request_out_and_bar_no_others(world: World) -> None:
+    one, two = (world.lane(exclusive="a file", max_items=1) for _ in range(2))
+    free = world.lane(max_items=1)
+    for lane in (one, two, free):
+        world.submit_many(lane, 2)
+    world.settle_down()
+    assert [flight.lane for flight in world.out] == [one, free, free]
+    world.finish()
+    world.check_that_nothing_is_left()
+
+
+def test_a_lane_keeps_to_its_share_while_its_batches_pause(world: World) -> None:
+    lane, other = world.lane(max_in_flight=2, ceiling=2), world.lane(ceiling=2)
+    world.submit_many(lane, 80)
+    world.settle_down()
+    for flight in list(world.out):
+        world.answer(flight, Verdict.TRANSIENT)
+    world.settle_down()
+    assert not world.out and len(lane.flights) == 2
+    world.submit_many(other, 1)
+    world.settle_down()
+    assert len(world.out) == 1, "a pause keeps no slot from others"
+    world.finish()
+
+
+def test_what_is_cancelled_while_it_waits_was_not_sent_and_what_is_under_way_may_have_been(world: World) -> None:
+    lane = world.lane(max_items=4, max_in_flight=1)
+    mine, theirs = world.submit_many(lane, 6), world.submit_many(lane, 2)
+    world.settle_down()
+    batch = world.requests[0][1]
+    world.cancel(mine)
+    for value, failure in zip(mine.values, mine.failures, strict=True):
+        assert failure is not None and isinstance(failure.error, CancelledCallError)
+        assert failure.ambiguous == (value in batch) == (failure.attempts > 0)
+    world.finish()
+    assert not theirs.outcomes.failed_indices()
+    world.check_that_nothing_is_left()
+
+
+def test_a_batch_that_was_given_up_while_it_was_filled_is_not_sent(world: World, monkeypatch: Any) -> None:
+    monkeypatch.setattr(core_module, "_ITEMS_PER_STEP", 2)
+    lane = world.lane()
+    call = world.submit_many(lane, 6)
+    while lane.filling is None:
+        world.step()
+    assert world.core.in_flight == 1
+    world.cancel(call)
+    assert all(failure and not failure.ambiguous for failure in call.failures)
+    world.settle_down()
+    assert not world.requests
+    world.check_that_nothing_is_left()
+
+
+def test_a_batch_that_was_given_up_while_it_paused_is_forgotten(world: World) -> None:
+    lane = world.lane()
+    call = world.submit(lane, [Value(key=1)])
+    world.settle_down()
+    world.answer(first(world), Verdict.AMBIGUOUS)
+    world.cancel(call)
+    assert call.failures[0] is not None and call.failures[0].ambiguous
+    world.check_that_nothing_is_left()
+
+
+def test_a_write_that_nobody_waits_for_ends_before_the_next_one_of_its_key(world: World) -> None:
+    lane = world.lane()
+    given_up = world.submit(lane, [Value(key=1)])
+    world.settle_down()
+    world.cancel(given_up)
+    later = world.submit(lane, [Value(key=1)])
+    world.settle_down()
+    assert len(world.requests) == 1
+    world.finish()
+    assert world.rows[id(lane.entrance), 1] == later.values
+    world.check_that_nothing_is_left()
+
+
+def test_a_read_that_nobody_wants_is_aborted_and_one_that_somebody_wants_is_not(world: World) -> None:
+    lane = world.lane(abort_when_unwanted=True)
+    one, two = world.submit_many(lane, 1), world.submit_many(lane, 1)
+    world.settle_down()
+    aborted = []
+    take = world.core.take_effects
+
+    def taken() -> Any:
+        effects = take()
+        aborted.extend(effects.aborts)
+        return effects
+
+    world.core.take_effects = taken  # type: ignore[method-assign]
+    world.cancel(one)
+    assert not aborted
+    world.cancel(two)
+    assert aborted == list(world.out)
+    world.finish()
+    world.check_that_nothing_is_left()
+
+
+@pytest.mark.parametrize("unsent", [False, True])
+def test_thousands_of_one_key_can_be_cancelled(world: World, unsent: bool) -> None:
+    lane = world.lane(max_in_flight=1)
+    world.submit_many(lane, 1)
+    world.settle_down()
+    other = world.submit(lane, [Value(key=0)])
+    call = world.submit(lane, [Value(key=1)] * 5_000)
+    if not unsent:
+        world.settle_down()
+    world.cancel(call)
+    later = world.submit(lane, [Value(key=1)])
+    world.finish()
+    assert not other.outcomes.failed_indices() and not later.outcomes.failed_indices()
+    world.check_that_nothing_is_left()
+
+
+def test_thousands_of_lanes_can_be_cancelled(world: World) -> None:
+    world.submit_many(world.lane(ceiling=1), 1)
+    calls = [world.submit_many(world.lane(ceiling=1), 1) for _ in range(2_000)]
+    world.settle_down()
+    for call in calls:
+        world.cancel(call)
+    world.finish()
+    world.check_that_nothing_is_left()

@@ -1,0 +1,158 @@
+"""Forked children: they work, they exit, and their parent goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.servers import LiteServer
+
+PREAMBLE = """
+    import asyncio, os, signal, sys, threading, time
+    from llama_index.core.schema import TextNode
+    from llama_index.core.vector_stores.types import VectorStoreQuery
+    from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy
+
+    def nodes(prefix, count=20):
+        return [TextNode(id_=f"{prefix}-{n}", text=f"text {prefix} {n}", embedding=[0.1 * n + 0.1] * 8)
+                for n in range(count)]
+
+    policy = RetryPolicy(deadline_seconds=8)
+    store = AsyncMilvusVectorStore(uri=sys.argv[1], collection_name="c", dim=8, retry=policy, rpc_timeout_seconds=3)
+    store.add(nodes("first"))
+    query = VectorStoreQuery(query_embedding=[0.5] * 8, similarity_top_k=3)
+
+    def work(until):
+        while not until.is_set():
+            store.add(nodes("worker"))
+            assert len(store.query(query).ids) == 3
+
+    def at_work(count=3):
+        ended = threading.Event()
+        threads = [threading.Thread(target=work, args=(ended,), daemon=True) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        return ended, threads
+"""
+
+
+@pytest.fixture(params=["in the process", "a server"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> object:
+    """A Milvus Lite for programs of their own: a file, or the address of a server."""
+    if request.param == "in the process":
+        yield str(tmp_path / "forked.db")
+    else:
+        with LiteServer(tmp_path / "data") as server:
+            yield server.uri
+
+
+def outcome(program: str, *arguments: str, seconds: float = 60) -> str:
+    """What a program prints; fails if it does not end well in time."""
+    source = textwrap.dedent(PREAMBLE) + textwrap.dedent(program)
+    ended = subprocess.run(
+        [sys.executable, "-c", source, *arguments], capture_output=True, text=True, timeout=seconds, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout.strip()
+
+
+def test_a_fork_amid_writes_does_not_stop_the_parents_writes(uri: str) -> None:
+    """The child lives on: what it inherited of the lock would stop its parent."""
+    program = """
+        ended, threads = at_work()
+        children = []
+        for _ in range(6):
+            time.sleep(0.1)
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(60)
+                os._exit(0)
+            children.append(pid)
+        ended.set()
+        for thread in threads:
+            thread.join(20)
+        began = time.monotonic()
+        report = store.write(nodes("late"))
+        print(len(report.written), time.monotonic() - began < 3)
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    """
+    assert outcome(program, uri) == "20 True"
+
+
+def test_a_child_that_outlives_its_killed_parent_holds_nothing(tmp_path: Path) -> None:
+    """Neither the lock for writing nor Milvus Lite's own lock on the file."""
+    program = """
+        ended, threads = at_work()
+        time.sleep(0.3)
+        pid = os.fork()
+        if pid == 0:
+            os.close(1)
+            time.sleep(20)
+            os._exit(0)
+        print(pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    path = str(tmp_path / "left.db")
+    source = textwrap.dedent(PREAMBLE) + textwrap.dedent(program)
+    killed = subprocess.run([sys.executable, "-c", source, path], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert killed.returncode < 0
+    child = killed.stdout.strip()
+    ending = """
+        import contextlib
+        print(len(store.write(nodes("next")).written))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(sys.argv[2]), signal.SIGKILL)
+    """
+    assert outcome(ending, path, child) == "20"
+
+
+def test_a_child_exits_with_its_status(uri: str) -> None:
+    program = """
+        ended, threads = at_work()
+        codes = []
+        for number in range(6):
+            pid = os.fork()
+            if pid == 0:
+                if number % 2:
+                    store.add(nodes("child"))
+                    store.query(query)
+                sys.exit(7)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        ended.set()
+        for thread in threads:
+            thread.join(20)
+        print(codes)
+        store.add(nodes("parent"))
+        store.close()
+    """
+    assert outcome(program, uri) == str([7] * 6)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="a pipeline no longer forks")
+def test_pipelines_fork_while_other_threads_search_and_write(uri: str) -> None:
+    program = """
+        from llama_index.core.ingestion import IngestionPipeline
+        from tests.embedding import HashEmbedding
+
+        ended, threads = at_work()
+        writer = AsyncMilvusWriter(vector_store=store, embed_model=HashEmbedding(dim=8))
+        pipeline = IngestionPipeline(transformations=[writer], disable_cache=True)
+        threading.Timer(50, lambda: os._exit(9)).start()  # a worker that hangs is waited for without end
+        for run in range(15):
+            texts = nodes(f"run{run}", 40)
+            for node in texts:
+                node.embedding = None
+            assert len(asyncio.run(pipeline.arun(nodes=texts, num_workers=2))) == 40
+        ended.set()
+        for thread in threads:
+            thread.join(20)
+        print("well", flush=True)
+        os._exit(0)
+    """
+    assert outcome(program, uri) == "well"

@@ -1,0 +1,470 @@
+"""The callers' ways to the I/O thread and back, in real time: loops, threads, cancellation, Ctrl-C, fork and exit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_index_milvus_async_ext._lane.items import Submission
+from llama_index_milvus_async_ext._lane.lanes import Lane
+from llama_index_milvus_async_ext._lane.port import LoopPort, Request, ThreadPort, run
+from llama_index_milvus_async_ext._lane.shell import Shell
+from llama_index_milvus_async_ext._lane.thread import IoThread
+from tests import waiting
+from tests.lane_server import Item, Server, classify, items, make_lane
+
+
+@pytest.fixture
+def io() -> IoThread:
+    return IoThread.get()
+
+
+@pytest.fixture
+def shell(io: IoThread) -> Iterator[Shell]:
+    shell = Shell(io.loop, classify, lambda _: None, io.takes_turns)
+    io.shells.add(shell)
+    yield shell
+    until = time.monotonic() + 5
+    while not shell.core.idle and time.monotonic() < until:
+        time.sleep(0.01)
+    assert shell.core.idle, "something was left under way"
+
+
+def request(shell: Shell, lane: Lane[Item, str], values: list[Item]) -> Request:
+    keys = [item.key for item in values]
+    return Request(shell, lane, values, keys if any(key is not None for key in keys) else None)
+
+
+def results_of(submissions: list[Submission[Any]]) -> list[Any]:
+    return [result for submission in submissions for result in submission.results]
+
+
+def test_many_loops_in_many_threads_each_get_their_own_results(shell: Shell) -> None:
+    server = Server(seconds=0.001)
+    lane = make_lane(server, max_items=50)
+    wrong: list[Any] = []
+
+    async def call(number: int) -> None:
+        found = await LoopPort.current().submit(request(shell, lane, [Item(number)]))
+        if results_of(found) != [f"result of {number}"]:
+            wrong.append(found)
+
+    async def calls(start: int) -> None:
+        for _ in range(3):
+            await asyncio.gather(*(call(start + n) for n in range(50)))
+
+    threads = [threading.Thread(target=lambda start=n * 1_000: asyncio.run(calls(start))) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not wrong
+    assert sum(len(batch) for batch in server.batches) == 6 * 3 * 50
+
+
+def test_blocking_calls_of_many_threads_each_get_their_own_results(shell: Shell) -> None:
+    lane = make_lane(Server(seconds=0.001), max_items=50)
+    wrong: list[Any] = []
+
+    def call(number: int) -> None:
+        for _ in range(20):
+            found = run(ThreadPort().submit(request(shell, lane, [Item(number)]), request(shell, lane, [])))
+            if results_of(found) != [f"result of {number}"]:
+                wrong.append(found)
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not wrong
+
+
+async def test_a_thousand_calls_of_one_turn_cross_over_together(shell: Shell, io: IoThread, monkeypatch: Any) -> None:
+    posts, arrivals_ = [], []
+    post, receive = io.post, LoopPort._receive
+    monkeypatch.setattr(io, "post", lambda *functions: (posts.append(len(functions)), post(*functions)))
+    monkeypatch.setattr(LoopPort, "_receive", lambda port: (arrivals_.append(1), receive(port)))
+    lane = make_lane(Server(seconds=0.01), max_items=2_000)
+    port = LoopPort.current()
+    await asyncio.gather(*(port.submit(request(shell, lane, [Item(n)])) for n in range(1_000)))
+    assert posts == [1_000]
+    assert len(arrivals_) <= 2
+
+
+async def test_a_loop_keeps_its_port_and_another_loop_has_another(shell: Shell) -> None:
+    port = LoopPort.current()
+    others: list[LoopPort] = []
+
+    async def other() -> None:
+        others.append(LoopPort.current())
+
+    thread = threading.Thread(target=lambda: asyncio.run(other()))
+    thread.start()
+    thread.join()
+    assert LoopPort.current() is port and others[0] is not port
+    assert port.is_running and not others[0].is_running
+
+
+async def test_a_submission_of_nothing_comes_back(shell: Shell) -> None:
+    lane = make_lane(Server())
+    assert await LoopPort.current().submit() == []
+    assert results_of(await LoopPort.current().submit(request(shell, lane, []))) == []
+    assert ThreadPort().begin().wait() == []
+
+
+async def test_callers_contexts_stay_with_the_callers(shell: Shell) -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="of nobody")
+    seen = []
+
+    async def send(payloads: list[Item], upsert: bool, timeout: float) -> list[str]:
+        seen.append(variable.get())
+        return [""] * len(payloads)
+
+    variable.set("of the caller")
+    await LoopPort.current().submit(request(shell, make_lane(Server(), send=send), [Item(0)]))
+    assert seen == ["of nobody"]
+
+
+async def test_a_cancelled_call_knows_all_its_outcomes(shell: Shell) -> None:
+    server = Server(seconds=0.2)
+    lane = make_lane(server, max_items=2, max_in_flight=1)
+    call = asyncio.create_task(
+        LoopPort.current().submit(request(shell, lane, items(4)), request(shell, lane, items(1)))
+    )
+    await waiting.until(lambda: server.in_flight == 1)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError) as cancelled:
+        await call
+    submissions = cancelled.value.submissions  # type: ignore[attr-defined]
+    assert [submission.remaining for submission in submissions] == [0, 0]
+    failures = [submission.failure(i) for submission in submissions for i in range(len(submission.results))]
+    assert sum(failure.ambiguous for failure in failures) == 2
+
+
+async def test_a_call_that_is_cancelled_at_every_turn_of_the_loop_knows_all_its_outcomes(shell: Shell) -> None:
+    """As anyio does it, until the task has ended."""
+    server = Server(seconds=0.2)
+    call = asyncio.create_task(LoopPort.current().submit(request(shell, make_lane(server), items(100))))
+    await waiting.until(lambda: server.in_flight > 0)
+    turns = 0
+    while not call.done():
+        call.cancel()
+        turns += 1
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError) as cancelled:
+        await call
+    assert cancelled.value.submissions[0].remaining == 0  # type: ignore[attr-defined]
+    assert turns > 1
+
+
+async def test_a_call_that_is_cancelled_before_it_crossed_over_is_not_sent(shell: Shell) -> None:
+    server = Server(seconds=0.01)
+    call = asyncio.create_task(LoopPort.current().submit(request(shell, make_lane(server), items(4))))
+    await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError) as cancelled:
+        await call
+    submission = cancelled.value.submissions[0]  # type: ignore[attr-defined]
+    assert submission.remaining == 0
+    sent = sum(len(batch) for batch in server.batches)
+    assert sent == sum(failure.attempts for failure in map(submission.failure, range(4)))
+
+
+async def test_a_timeout_is_a_timeout(shell: Shell) -> None:
+    lane = make_lane(Server(seconds=0.3))
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(LoopPort.current().submit(request(shell, lane, items(4))), 0.05)
+
+
+async def test_a_coroutine_that_is_closed_gives_its_call_up(shell: Shell) -> None:
+    server = Server(seconds=0.1)
+    lane = make_lane(server, max_items=1, max_in_flight=1)
+    coroutine = LoopPort.current().submit(request(shell, lane, items(50)))
+    coroutine.send(None)
+    await waiting.until(lambda: server.in_flight == 1)
+    coroutine.close()
+    await waiting.until(lambda: shell.core.idle)
+    assert len(server.batches) <= 2
+
+
+def test_a_loop_that_is_closed_before_its_answer_comes_disturbs_nobody(shell: Shell) -> None:
+    server = Server(seconds=0.05)
+    lane = make_lane(server)
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(LoopPort.current().submit(request(shell, lane, items(2))))
+        await asyncio.sleep(0.01)
+        return task
+
+    task = loop.run_until_complete(begin())
+    loop.close()
+    assert results_of(ThreadPort().begin(request(shell, lane, [Item(7)])).wait()) == ["result of 7"]
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+
+def test_a_blocking_call_on_the_io_thread_is_refused(io: IoThread, shell: Shell) -> None:
+    found: list[BaseException] = []
+    called = threading.Event()
+
+    def call() -> None:
+        try:
+            ThreadPort().begin(request(shell, make_lane(Server()), items(1)))
+        except RuntimeError as error:
+            found.append(error)
+        called.set()
+
+    io.post(call)
+    assert called.wait(5)
+    assert "I/O thread" in str(found[0])
+
+
+def test_a_defect_before_the_lane_leaves_nobody_waiting(shell: Shell, io: IoThread) -> None:
+    """It finds the lane in the I/O thread; a caller would not hear of a defect there."""
+    found: list[Any] = []
+
+    def find() -> Lane[Item, str]:
+        raise ZeroDivisionError
+
+    def call() -> None:
+        try:
+            found.append(ThreadPort().begin(Request(shell, find, items(1))).wait())
+        except Exception as error:
+            found.append(error)
+
+    caller = threading.Thread(target=call, daemon=True)
+    io.loop.set_exception_handler(lambda _, context: None)
+    try:
+        caller.start()
+        caller.join(2)
+    finally:
+        io.loop.set_exception_handler(None)
+    assert isinstance(found[0], Exception)
+
+
+@contextlib.contextmanager
+def interrupted(after: float, times: int = 1) -> Iterator[None]:
+    """Ctrl-C in the main thread, once it waits."""
+
+    def press() -> None:
+        for _ in range(times):
+            time.sleep(after)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def test_ctrl_c_ends_a_blocking_call_which_knows_all_its_outcomes(shell: Shell) -> None:
+    server = Server(seconds=1.5)
+    lane = make_lane(server, max_items=2, max_in_flight=1)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt) as pressed, interrupted(0.1):
+        ThreadPort().begin(request(shell, lane, items(5))).wait()
+    assert time.monotonic() - began < 1.0, "it does not wait for the answer"
+    submission = pressed.value.submissions[0]  # type: ignore[attr-defined]
+    assert submission.remaining == 0
+    assert [submission.failure(index).ambiguous for index in range(5)] == [True, True, False, False, False]
+    assert threading.current_thread() not in shell_io(shell).blocked
+
+
+def test_an_impatient_second_ctrl_c_loses_no_outcome(shell: Shell, io: IoThread) -> None:
+    lane = make_lane(Server(seconds=0.5))
+    voyage = ThreadPort().begin(request(shell, lane, items(5)))
+    with pytest.raises(KeyboardInterrupt) as pressed, interrupted(0.14, times=2):
+        io.post(lambda: time.sleep(0.4))  # so that the cancellation takes a while
+        voyage.wait()
+    assert pressed.value.submissions[0].remaining == 0  # type: ignore[attr-defined]
+
+
+def shell_io(shell: Shell) -> IoThread:
+    io = IoThread.get()
+    assert shell in io.shells
+    return io
+
+
+# --- sixty thousand values
+
+
+@pytest.fixture
+def cleanups() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_sixty_thousand_values_keep_no_turn_of_the_loop_long_and_are_cancelled_promptly(
+    shell: Shell, io: IoThread, monkeypatch: Any, keyed: bool, cleanups: contextlib.ExitStack
+) -> None:
+    longest = 0.0
+    run_handle = asyncio.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        nonlocal longest
+        began = time.thread_time()
+        run_handle(handle)
+        if io.is_current:
+            longest = max(longest, time.thread_time() - began)
+
+    monkeypatch.setattr(asyncio.Handle, "_run", timed)
+    cleanups.callback(gc.unfreeze)
+    gc.collect()
+    gc.freeze()  # what other tests have left behind is not to be looked through in this one's time
+    server = Server(seconds=0.0)
+    lane = make_lane(server, max_items=1_000, max_bytes=10**9)
+    values = [Item(n, key=n if keyed else None) for n in range(60_000)]
+    submissions = await LoopPort.current().submit(request(shell, lane, values))
+    assert not submissions[0].failed_indices()
+    assert longest < 0.05
+
+    server.seconds = 1.0
+    call = asyncio.create_task(LoopPort.current().submit(request(shell, lane, values)))
+    await waiting.until(lambda: server.in_flight == 4)
+    began = time.monotonic()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError) as cancelled:
+        await call
+    assert time.monotonic() - began < 0.7, "it does not wait for the answers"
+    assert cancelled.value.submissions[0].remaining == 0  # type: ignore[attr-defined]
+    assert longest < 0.05
+
+
+# --- a fork, and the interpreter's exit
+
+ROOT = Path(__file__).parent.parent
+PREAMBLE = """
+import asyncio, os, sys, threading, time
+import tenacity
+from llama_index_milvus_async_ext.retry import RetryPolicy
+from tests.lane_server import lost
+from tests.test_port import *
+
+io = IoThread.get()
+shell = Shell(io.loop, classify, lambda _: None, io.takes_turns)
+io.shells.add(shell)
+
+def call(count=1, seconds=0.01, **bounds):
+    return ThreadPort().begin(request(shell, make_lane(Server(seconds=seconds), **bounds), items(count))).wait()
+"""
+
+
+def run_script(script: str) -> subprocess.CompletedProcess[str]:
+    source = PREAMBLE + textwrap.dedent(script)
+    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "print(results_of(call()))",
+        # a daemon thread still waits
+        """
+        threading.Thread(target=lambda: call(seconds=100), daemon=True).start()
+        print(results_of(call()))
+        """,
+        # a call was given up by Ctrl-C or a time-out, and its request is still out
+        """
+        voyage = ThreadPort().begin(request(shell, make_lane(Server(seconds=100)), items(1)))
+        voyage.cancel()
+        print(results_of(call()))
+        """,
+        # a loop in a daemon thread still waits
+        """
+        async def wait():
+            await LoopPort.current().submit(request(shell, make_lane(Server(seconds=100)), items(1)))
+
+        threading.Thread(target=lambda: asyncio.run(wait()), daemon=True).start()
+        time.sleep(0.1)
+        print(results_of(call()))
+        """,
+        # somebody pauses before another attempt
+        """
+        policy = RetryPolicy(wait=tenacity.wait_fixed(100))
+        ThreadPort().begin(request(shell, make_lane(Server(script=[lost] * 9, seconds=0), policy=policy), items(1)))
+        print(results_of(call(seconds=0.1)))
+        """,
+        # a thread goes on after the main thread has ended
+        """
+        def work():
+            time.sleep(0.3)
+            print(results_of(call()))
+
+        threading.Thread(target=work).start()
+        """,
+        # so does a loop
+        """
+        async def work():
+            await asyncio.sleep(0.3)
+            print(results_of(await LoopPort.current().submit(request(shell, make_lane(Server()), items(1)))))
+
+        threading.Thread(target=lambda: asyncio.run(work())).start()
+        """,
+        # a later call gets an error
+        """
+        import atexit
+
+        atexit.unregister(io.end)
+
+        def late():
+            io.end()
+            try:
+                call()
+            except RuntimeError as error:
+                assert "exiting" in str(error)
+                print(["result of 0"])
+
+        atexit.register(late)
+        """,
+    ],
+)
+def test_the_interpreter_exits_at_once_and_in_silence(script: str) -> None:
+    began = time.monotonic()
+    ended = run_script(script)
+    assert (ended.returncode, ended.stdout.strip(), ended.stderr) == (0, "['result of 0']", "")
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_has_an_io_thread_of_its_own() -> None:
+    ended = run_script(
+        """
+        import warnings
+
+        warnings.simplefilter("ignore", DeprecationWarning)
+        call()
+
+        async def in_loop(shell):
+            return await LoopPort.current().submit(request(shell, make_lane(Server()), items(1)))
+
+        asyncio.run(in_loop(shell))
+        child = os.fork()
+        if not child:
+            assert IoThread.get() is not io
+            shell = Shell(IoThread.get().loop, classify, lambda _: None, io.takes_turns)
+            print(results_of(call()), results_of(asyncio.run(in_loop(shell))), flush=True)
+            sys.exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        print(results_of(call()))
+        """
+    )
+    assert ended.stderr == ""
+    assert ended.stdout.splitlines() == ["['result of 0'] ['result of 0']", "['result of 0']"]

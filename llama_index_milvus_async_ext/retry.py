@@ -36,7 +36,7 @@ class RetryPolicy:
         initial_backoff_seconds: Upper bound of the first pause.
         max_backoff_seconds: Upper bound of any pause.
         deadline_seconds: How long a call keeps trying while the endpoint acknowledges nothing, waiting time
-            included; a last attempt has at least 0.1 seconds, and may outlive the deadline by that. A long write that
+            included; a last attempt may outlive the deadline by 0.1 seconds. A long write that
             moves on never meets it. The default outlasts a restart of a Milvus standalone server, measured at 26 to 31
             seconds until its collections are served again.
         stop: One of tenacity's `stop` objects, in place of `max_attempts`. It is asked after each failed request, an

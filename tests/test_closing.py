@@ -293,17 +293,6 @@ async def test_a_host_that_never_answers_keeps_no_loop_waiting(store: AsyncMilvu
     await store.aclose()
 
 
-async def test_a_host_that_never_answers_keeps_no_other_store_from_being_opened(
-    proxy: FaultProxy, store: AsyncMilvusVectorStore
-) -> None:
-    async with opening_a_store_on_a_silent_host() as opening:
-        arguments = {"collection_name": store.collection_name, "dim": DIM, "max_concurrency": 2}
-        other = await asyncio.to_thread(AsyncMilvusVectorStore, proxy.uri, **arguments)
-        assert not opening.done(), "it was not opened after the host was given up only"
-        await other.aclose()
-    await store.aclose()
-
-
 # --- the interpreter's exit
 
 EXITING = """

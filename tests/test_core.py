@@ -510,6 +510,25 @@ def test_halves_of_a_refused_batch_meet_the_deadline(world: World) -> None:
     world.check_that_nothing_is_left()
 
 
+def test_an_old_item_of_one_half_does_not_wait_for_the_patience_of_a_new_one_in_the_other(world: World) -> None:
+    lane = world.lane(max_in_flight=1, policy=patient(deadline_seconds=20, wait=tenacity.wait_fixed(0.5)))
+    world.submit(lane, [Value(key=1)])
+    world.settle_down()
+    old = world.submit(lane, [Value(key=1)])
+    world.advance(5)
+    new = world.submit(lane, [Value(key=2)])
+    world.settle_down()
+    world.answer(first(world), Verdict.PERMANENT)
+    world.settle_down()
+    assert world.requests[-1][1] == [*new.values, *old.values]
+    world.answer(first(world), Verdict.BAD_DATA)
+    world.advance(15 + LAST_ATTEMPT_SECONDS)
+    assert not old.open and new.open
+    world.advance(5)
+    assert not new.open
+    world.check_that_nothing_is_left()
+
+
 def test_halves_of_a_refused_batch_go_on_while_the_endpoint_acknowledges(world: World) -> None:
     lane = world.lane(max_items=64, max_in_flight=1, policy=patient(deadline_seconds=10))
     call = world.submit(lane, [Value(bad=index == 63) for index in range(64)])

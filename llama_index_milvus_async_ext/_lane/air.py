@@ -7,9 +7,10 @@ from typing import Any
 
 from llama_index_milvus_async_ext._lane.lanes import Flight
 
-# What an attempt gets at the least, even past the deadline: one of a few milliseconds would not wait for its answer,
-# and so leave the outcome unknown of what was refused each time before.
-LEAST_TIMEOUT_SECONDS = 0.1
+# By how much the last attempt may outlive the deadline, and what an attempt gets at the least: one of a few
+# milliseconds would not wait for its answer, and so leave the outcome unknown of what was refused each time before.
+GRACE_SECONDS = 0.1
+LEAST_TIMEOUT_SECONDS = GRACE_SECONDS / 2
 
 
 class Air:
@@ -20,7 +21,7 @@ class Air:
 
     def __init__(self) -> None:
         self.holding: set[Flight[Any]] = set()
-        self.again: deque[Flight[Any]] = deque()  # had a slot, and come before anything new
+        self.again: deque[Flight[Any]] = deque()  # had a slot, and want one again
         self._paused: dict[Flight[Any], float] = {}  # until when
 
     def hold(self, flight: Flight[Any]) -> None:
@@ -54,7 +55,7 @@ class Air:
 
     def next_wake(self, progress_at: float) -> float | None:
         """When the next pause is over, or the patience of one that waits for a slot."""
-        overdue = (flight.deadline_at(progress_at) + LEAST_TIMEOUT_SECONDS / 2 for flight in self.again)
+        overdue = (flight.deadline_at(progress_at) + LEAST_TIMEOUT_SECONDS for flight in self.again)
         return min([*self._paused.values(), *overdue], default=None)
 
     @property

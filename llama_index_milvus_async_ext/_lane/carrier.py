@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llama_index_milvus_async_ext._lane import batching
-from llama_index_milvus_async_ext._lane.air import LEAST_TIMEOUT_SECONDS, Air
+from llama_index_milvus_async_ext._lane.air import GRACE_SECONDS, LEAST_TIMEOUT_SECONDS, Air
 from llama_index_milvus_async_ext._lane.effects import Retry, Send
-from llama_index_milvus_async_ext._lane.items import Item, without_frames
+from llama_index_milvus_async_ext._lane.items import DeadlinePassedError, Item, without_frames
 from llama_index_milvus_async_ext._lane.lanes import Flight, Lane
 from llama_index_milvus_async_ext._lane.ledger import Ledger
 from llama_index_milvus_async_ext._lane.limit import Limit
@@ -75,8 +75,15 @@ class Carrier:
         self.counts["requests"] += 1
         self.counts[lane.kind] += len(alive)
         upsert = any(item.ambiguous or item.repeats for item in alive)
-        timeout = min(lane.rpc_timeout_seconds, self.deadline_at(flight) + LEAST_TIMEOUT_SECONDS - now)
+        left = max(self.deadline_at(flight) + GRACE_SECONDS - now, LEAST_TIMEOUT_SECONDS)
+        timeout = min(lane.rpc_timeout_seconds, left)
         self.sends.append(Send(flight, payloads, upsert, timeout))
+
+    def _verdict(self, error: BaseException) -> Verdict:
+        try:
+            return Verdict.UNEXPECTED if isinstance(error, UnexpectedAnswerError) else self._classify(error)
+        except Exception:  # a defect there must not leave callers waiting
+            return Verdict.UNEXPECTED
 
     def _halve(self, flight: Flight[Any], alive: list[Item[Any]], error: BaseException) -> None:
         """Some item of the group is at fault: send the halves of it, while that may still be paid for."""
@@ -131,15 +138,17 @@ class Carrier:
         if now < self.deadline_at(flight):
             return alive
         patience = flight.lane.policy.deadline_seconds
+        late = DeadlinePassedError("the deadline passed before the rest of a batch was sent again")
         left = []
-        for item in alive:
+        later = {item for group in flight.groups for item in group if not item.settled}
+        for item in [*alive, *later]:
             if item.submission.submitted_at + patience > now:
                 left.append(item)
             else:
-                self._ledger.fail(item, error, True, item.ambiguous)
+                self._ledger.fail(item, late if item in later else error, True, item.ambiguous)
         if left:
             flight.waits_since = min(item.submission.submitted_at for item in left)
-        return left
+        return [item for item in alive if not item.settled]
 
     def fail_group(self, flight: Flight[Any], alive: list[Item[Any]], error: BaseException, retryable: bool) -> None:
         """Give up on a group."""
@@ -189,7 +198,7 @@ class Carrier:
                 self._ledger.settle(item, result, None)
             self._next_group(flight)
             return
-        verdict = Verdict.UNEXPECTED if isinstance(error, UnexpectedAnswerError) else self._classify(error)
+        verdict = self._verdict(error)
         if verdict is Verdict.OVERLOAD:
             self._limit.overloaded(flight.sent_at, now)
         else:

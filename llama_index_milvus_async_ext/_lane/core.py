@@ -98,16 +98,15 @@ class Core:
         return submission
 
     def cancel(self, submission: Submission[Any]) -> None:
-        """Give up on what a submission still waits for: unsent items fail, those under way become ambiguous."""
+        """Give up on what a submission still waits for: what is in a request under way becomes ambiguous."""
         self._ledger.drop_waiting(submission, CancelledCallError("the call was cancelled before this was sent"))
         self._turns.give_to_entrance(submission.lane.entrance)
         error = CancelledCallError("the call was cancelled while this was under way")
-        touched = set()
-        for item in list(submission.live):
-            flight = item.flight
-            if flight is not None:
-                touched.add(flight)
-                self._ledger.fail(item, error, True, item.ambiguous or flight.is_sent)
+        items = [item for item in submission.live if item.flight is not None]
+        touched = {item.flight for item in items if item.flight is not None}
+        out = {item for flight in touched for item in flight.sent}
+        for item in items:
+            self._ledger.fail(item, error, True, item.ambiguous or item in out)
         for flight in touched:
             if flight.unsettled:
                 continue
@@ -137,7 +136,7 @@ class Core:
         if is_more:
             return True
         for flight in self._air.again:
-            if self._carrier.deadline_at(flight) + LEAST_TIMEOUT_SECONDS / 2 <= now:
+            if self._carrier.deadline_at(flight) + LEAST_TIMEOUT_SECONDS <= now:
                 error = flight.error or DeadlinePassedError("the deadline passed before the rest of a batch was sent")
                 if not self._carrier.without_overdue(flight, flight.alive(), error, now):
                     self._carrier.fail_group(flight, [], error, True)

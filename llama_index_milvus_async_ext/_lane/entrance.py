@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Hashable
 from typing import Any
@@ -93,10 +94,19 @@ class Entrance:
             if self._last_of_key.get(item.key) is item:
                 del self._last_of_key[item.key]
                 if self.tells_repeats and self._line:
-                    self._ended[item.key] = self._newest
+                    self._note_ended(item.key)
             return None
         follower.waits_behind = False
         return follower
+
+    def _note_ended(self, key: Hashable) -> None:
+        self._ended.pop(key, None)  # so that they stand in the order of their numbers
+        self._ended[key] = self._newest
+        # Those before which nobody waits any more, two at a time: so they don't become more and more.
+        oldest = min(submission.number for submission in (self._line[0], *self._large[:1], *self._kept_out[:1]))
+        for known in list(itertools.islice(self._ended, 2)):
+            if self._ended[known] < oldest:
+                del self._ended[known]
 
     def _enter(self, submission: Submission[Any], count: int) -> None:
         start = submission.entered

@@ -22,7 +22,7 @@ class CancelledCallError(Exception):
 
 
 class DeadlinePassedError(TimeoutError):
-    """The item waited for its turn until the deadline, and was not sent."""
+    """The item waited for its turn until the deadline."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Ledger:
         self.open: dict[Submission[Any], None] = {}
         self.settled: list[Submission[Any]] = []
         self._leave = leave
-        self._due: dict[float, dict[Submission[Any], None]] = {}  # what waits to be sent, by patience, oldest first
+        self._due: dict[float, dict[Submission[Any], None]] = {}  # what may wait to be sent, by patience
 
     def enter(self, submission: Submission[Any]) -> None:
         """Take a submission in."""

@@ -54,7 +54,8 @@ class Port(Protocol):
         """Submit requests, and wait for all outcomes, in the order of the requests.
 
         If the caller is interrupted (cancelled, or by Ctrl-C), so are its requests: their outcomes are complete when
-        the interruption is raised, and stand in its attribute `submissions`.
+        the interruption is raised, and stand in its attribute `submissions`. (Of a coroutine that is closed nobody is
+        told.)
 
         Raises:
             RuntimeError: The interpreter is exiting.
@@ -73,7 +74,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 class _Journey:
-    """Requests on their way, from `start` until each has its outcomes; all but the arrival happens in the I/O thread.
+    """Requests on their way, from `start` until each has its outcomes; both happen in the I/O thread.
 
     Args:
         requests: The requests.

@@ -39,6 +39,11 @@ class IoThread:
         return cls._instance
 
     @classmethod
+    def running(cls) -> IoThread | None:
+        """The thread of this process, if it has been started."""
+        return cls._instance
+
+    @classmethod
     def forget(cls) -> None:
         """Start anew, in a forked child, where the thread is not."""
         cls._instance, cls._lock = None, threading.Lock()

@@ -78,7 +78,7 @@ class Turns:
                 while lane.ring and lane.ring[0].given_up:
                     lane.ring.popleft().in_ring = False
                 if lane.ring:
-                    if barred or self.waits_for_another(lane) or len(lane.flights) >= lane.max_in_flight:
+                    if barred or self.waits_for_another(lane):
                         position += 1
                         continue
                     if not self.free_slots(lane):

@@ -16,6 +16,7 @@ from pymilvus.client import ts_utils
 from pymilvus.exceptions import MilvusException
 from pymilvus.grpc_gen import milvus_pb2
 
+from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._milvus.errors import ClosedConnectionError, RpcFailure, StatusFailure
 from llama_index_milvus_async_ext._milvus.quiet import UnknownMethodsFilter, add_filter, silence_pymilvus
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
@@ -94,9 +95,13 @@ class Connection:
                     result = function(*args, **kwargs)
             except Exception as raised:
                 error = ClosedConnectionError(sent=True) if self._is_closed else RpcFailure.cause_of(raised) or raised
+            finally:
+                quiet.ended()
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
                 loop.call_soon_threadsafe(deliver, result, error)
 
+        quiet = forks.quiet
+        quiet.began()
         threading.Thread(target=call, name="milvus-call", daemon=True).start()
         return await answer
 
@@ -248,6 +253,9 @@ class Connection:
         except ValueError:  # a closed channel says so like this
             raise ClosedConnectionError() from None
         del request
+        quiet = forks.quiet
+        quiet.began()
+        call.add_done_callback(quiet.ended)
         call.add_done_callback(arrived)
         try:
             return await answer

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pymilvus.exceptions import MilvusException
 
+from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._lane.effects import Retry
 from llama_index_milvus_async_ext._lane.entrance import Entrance
 from llama_index_milvus_async_ext._lane.lanes import Lane
@@ -21,11 +22,12 @@ from llama_index_milvus_async_ext._lane.port import Request
 from llama_index_milvus_async_ext._lane.shell import Shell
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._milvus import lite
-from llama_index_milvus_async_ext._milvus.errors import COLLECTION_NOT_LOADED, SchemaChangedError, classify
+from llama_index_milvus_async_ext._milvus.errors import COLLECTION_NOT_LOADED, RpcFailure, SchemaChangedError, classify
 from llama_index_milvus_async_ext._milvus.opening import connect
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import Found, SearchGroup
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
+from llama_index_milvus_async_ext._milvus.write_lock import WriteLock
 from llama_index_milvus_async_ext.retry import RetryPolicy, Verdict
 
 logger = logging.getLogger("llama_index_milvus_async_ext")
@@ -82,7 +84,7 @@ class Endpoint:
     collections share an entrance, and so the order of equal ids.
     """
 
-    _open: ClassVar[dict[ConnectionSettings, Future[Endpoint]]] = {}
+    _open: ClassVar[dict[ConnectionSettings, Future[Endpoint | None]]] = {}
     _shells: ClassVar[dict[str, Shell]] = {}
     _entrances: ClassVar[dict[tuple[str, str, str], Entrance]] = {}
     # Held for moments only: while one connects, others are served. Re-entrant, as a store may be collected, and so
@@ -112,7 +114,7 @@ class Endpoint:
                     raise
             endpoint = opening.result()
             with cls._lock:
-                if cls._open.get(settings) is opening:
+                if endpoint is not None and cls._open.get(settings) is opening:
                     endpoint._users += 1
                     return endpoint
             # closed meanwhile: open it anew
@@ -120,6 +122,8 @@ class Endpoint:
     @classmethod
     def forget_all(cls) -> None:
         """Start anew, in a forked child: nothing that was inherited works there."""
+        for opening in cls._open.values():
+            lite.never_collect(opening)
         cls._open, cls._shells, cls._entrances, cls._lock = {}, {}, {}, threading.RLock()
 
     def __init__(self, settings: ConnectionSettings) -> None:
@@ -135,29 +139,40 @@ class Endpoint:
                 shell = self._shells[address] = Shell(io.loop, classify, _log_retry, io.takes_turns)
                 io.shells.add(shell)
         self.shell = shell
-        self._write_lock = lite.WriteLock(address) if self.is_lite else None
+        self._write_lock = WriteLock(address) if self.is_lite else None
         self._write_lanes: dict[tuple[Any, ...], Lane[Any, None]] = {}
         self._reloaded_at: dict[str, float] = {}
+        self._torn: set[str] = set()  # collections of a Milvus Lite whose disk was full
         if settings.is_file:
             io.serves_in_process = True
 
     def close(self) -> None:
-        """Give up one use; the last one closes the connection."""
+        """Give up one use; the last one closes the connection, and lets go of the file."""
+        closing: Future[Endpoint | None] = Future()
         with self._lock:
             self._users -= 1
             if self._users > 0:
                 return
-            self._open.pop(self._settings, None)
-            self._forget_address()
-        self.connection.close()
-        if self._settings.is_file:
-            lite.release(self._settings.uri)
+            self._open[self._settings] = closing  # who opens it now waits until it is closed
+        try:
+            with lite.files if self._settings.is_file else contextlib.nullcontext():
+                self.connection.close()
+                if self._settings.is_file:
+                    lite.release(self._settings.uri)
+        finally:
+            with self._lock:
+                del self._open[self._settings]
+                self._forget_address()
+            closing.set_result(None)
 
     def _forget_address(self) -> None:
         """Let go of what the endpoints of an address share, with the last of them."""
         address = self.connection.address
-        others = [opening.result() for opening in self._open.values() if opening.done() and not opening.exception()]
-        if all(other.connection.address != address for other in others) and self._shells.get(address) is self.shell:
+        open_ = [opening.result() for opening in self._open.values() if opening.done() and not opening.exception()]
+        if (
+            all(other is None or other.connection.address != address for other in open_)
+            and self._shells.get(address) is self.shell
+        ):
             del self._shells[address]
             for key in [key for key in self._entrances if key[0] == address]:
                 del self._entrances[key]
@@ -200,7 +215,7 @@ class Endpoint:
 
         async def send(rows: list[Row], upsert: bool, timeout: float) -> list[None]:
             count = len(rows)
-            async with self.writing(timeout):
+            async with self.writing(collection, timeout):
                 try:
                     await self.connection.write(
                         collection, target.partition, schema, rows, upsert or target.upsert, timeout
@@ -257,17 +272,17 @@ class Endpoint:
 
         return Request(self.shell, lambda: self.shell.lane((self, group, limits), make), queries)
 
-    def call_request(self, call: Call[Any], limits: Limits, changes: bool = False) -> Request:
+    def call_request(self, call: Call[Any], limits: Limits, changes: str | None = None) -> Request:
         """Any other call, which travels alone.
 
         Args:
             call: The call, given this endpoint and a time-out in seconds.
             limits: Bounds on it.
-            changes: Whether it changes a collection: on Milvus Lite one such request is out at a time.
+            changes: The collection that it changes, if it does: on Milvus Lite one such request is out at a time.
         """
 
         async def send(calls: list[Call[Any]], _upsert: bool, timeout: float) -> list[Any]:
-            async with self.writing(timeout) if changes else contextlib.nullcontext():
+            async with self.writing(changes, timeout) if changes else contextlib.nullcontext():
                 return [await call(self, timeout) for call in calls]
 
         def make() -> Lane[Any, Any]:
@@ -318,16 +333,35 @@ class Endpoint:
         return "a write to Milvus Lite" if self.is_lite else None
 
     @contextlib.asynccontextmanager
-    async def writing(self, timeout: float) -> AsyncIterator[None]:
-        """Hold the right to change something: on Milvus Lite, one process of this machine at a time."""
+    async def writing(self, collection: str, timeout: float) -> AsyncIterator[None]:
+        """Hold the right to change a collection: on Milvus Lite, one process of this machine at a time."""
         if self._write_lock is None:
             yield
             return
         release = await self._write_lock.acquire(timeout)
         try:
-            yield
+            try:
+                yield
+            except MilvusException as failure:
+                if classify(failure) is Verdict.FULL:
+                    self._torn.add(collection)
+                raise
+            if collection in self._torn:
+                await self._begin_a_log(collection, timeout)
         finally:
             release()
+
+    async def _begin_a_log(self, collection: str, timeout: float) -> None:
+        """Have Milvus Lite begin a new write-ahead log, after a full disk has torn a record of the one before.
+
+        What it acknowledges after a torn record is lost when it is killed (200 of 200 rows; with this, none). Never to
+        be done while the disk is still full: that makes rows disappear.
+        """
+        try:
+            await self.connection.in_thread(self.connection.client.flush, collection, timeout=timeout)
+        except MilvusException as failure:
+            raise RpcFailure("INTERNAL", f"stored, but a crash may lose it: {failure}") from failure
+        self._torn.discard(collection)
 
     @contextlib.contextmanager
     def reloading(self, collection: str) -> Iterator[None]:
@@ -365,3 +399,4 @@ def _log_retry(retry: Retry) -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=Endpoint.forget_all)
+forks.register()  # after all that this module has imported

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
 
 import grpc
+import tenacity
 from pymilvus.exceptions import ConnectError, MilvusException
 
+from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.connection import Connection
 from llama_index_milvus_async_ext._milvus.errors import RpcFailure
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
+
+_ATTEMPTS_OF_A_CHILD = 3
+_PAUSE_SECONDS = 0.1
 
 
 def connect(settings: ConnectionSettings) -> Connection:
@@ -18,21 +23,29 @@ def connect(settings: ConnectionSettings) -> Connection:
     Raises:
         ConnectError: The server can't be reached, refuses the token, or the file is in use.
     """
+    # In a forked child gRPC may have to find out first that the parent's connections are not its own.
+    attempts = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(_ATTEMPTS_OF_A_CHILD if lite.is_forked() else 1),
+        wait=tenacity.wait_fixed(_PAUSE_SECONDS),
+        retry=tenacity.retry_if_exception(_is_unavailable),
+        reraise=True,
+    )
     try:
-        return Connection(settings)
+        with lite.files if settings.is_file else contextlib.nullcontext():
+            return attempts(Connection, settings)
     except (MilvusException, grpc.RpcError, OSError) as error:
         raise ConnectError(code=2, message=_explanation(settings, error)) from error
+
+
+def _is_unavailable(error: BaseException) -> bool:
+    failure = RpcFailure.cause_of(error)
+    return failure is not None and failure.status == "UNAVAILABLE"
 
 
 def _explanation(settings: ConnectionSettings, error: BaseException) -> str:
     uri = settings.uri
     if settings.is_file:
-        if not Path(uri).parent.is_dir():
-            return f"{uri} can't be opened: its folder does not exist"
-        return (
-            f"{uri} can't be opened: most likely another process holds it, as Milvus Lite serves a file to one; "
-            "close it there, or start `milvus-lite server` on the folder and give all processes its http:// address"
-        )
+        return f"{uri} can't be opened: {lite.explain_unopened(uri) or error}"
     failure = RpcFailure.cause_of(error)
     reason = {
         "UNAVAILABLE": "no Milvus server answers there; check that it runs, the host and the port, and whether it "

@@ -14,6 +14,7 @@ from pymilvus import AsyncMilvusClient, MilvusClient
 
 from llama_index_milvus_async_ext._lane.port import LoopPort, Port
 from llama_index_milvus_async_ext._lane.thread import IoThread
+from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.endpoint import Endpoint
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 
@@ -33,6 +34,8 @@ class Connected:
         self.endpoint = endpoint
         self.client = client
         self.async_client = async_client
+        if async_client is not None:
+            lite.belongs_to_store(async_client)
         self.closed = False
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -43,10 +46,9 @@ class Connected:
     def anew(cls, settings: ConnectionSettings, use_async_client: bool) -> Connected:
         """Connect in this process."""
         endpoint = Endpoint.open(settings)
-        options = {"dedicated": True, **settings.options}
-        async_client = (
-            AsyncMilvusClient(uri=endpoint.uri, token=settings.token, **options) if use_async_client else None
-        )
+        async_client = None
+        if use_async_client:
+            async_client = AsyncMilvusClient(uri=endpoint.uri, token=settings.token, **settings.client_options)
         return cls(endpoint, settings.client(endpoint.uri), async_client)
 
     def begin(self, port: Port) -> None:
@@ -129,4 +131,11 @@ def _running_port() -> LoopPort | None:
 
 def close_with(store: object, connected: Connected) -> None:
     """Close the connection of a store that is dropped unclosed; at the interpreter's exit the process does."""
-    weakref.finalize(store, connected.close).atexit = False
+    weakref.finalize(store, _close_dropped, connected).atexit = False
+
+
+def _close_dropped(connected: Connected) -> None:
+    """Close, on another thread: this one may be any, and to let go of a file takes a while."""
+    if connected.pid == os.getpid() and not connected.closed:
+        with contextlib.suppress(RuntimeError):  # no thread can be started any more: the process ends
+            threading.Thread(target=connected.close, name="milvus-close", daemon=True).start()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from pymilvus import MilvusClient
+
+from llama_index_milvus_async_ext._milvus import lite
 
 _LOOPBACK_KEEPALIVE_MS = 600_000
 
@@ -34,7 +35,7 @@ class ConnectionSettings:
             token = token or ":".join(filter(None, (parsed.username, parsed.password)))
             uri = urlunsplit(parsed._replace(netloc=parsed.netloc.rpartition("@")[2]))
         if uri.endswith(".db"):
-            uri = str(Path(uri).absolute())
+            uri = lite.real_path(uri)
         self.uri = uri
         self.served_at = served_at
         self.token = token
@@ -64,12 +65,21 @@ class ConnectionSettings:
         """Whether this is a Milvus Lite file, served within a process."""
         return self.uri.endswith(".db")
 
-    def client(self, uri: str | None = None) -> MilvusClient:
-        """A pymilvus client with a connection of its own.
+    @property
+    def client_options(self) -> dict[str, Any]:
+        """What to make pymilvus's clients with: each a connection of its own.
 
         pymilvus would share one by address and token, whatever the TLS settings.
         """
-        return MilvusClient(uri=uri or self.uri, token=self.token, **{"dedicated": True, **self.options})
+        options = {"dedicated": True, **self.options}
+        if lite.is_forked():
+            # gRPC would else use the parent's connection, whose descriptors mean something else here.
+            options["grpc_options"] = {"grpc.use_local_subchannel_pool": 1, **options["grpc_options"]}
+        return options
+
+    def client(self, uri: str | None = None) -> MilvusClient:
+        """A pymilvus client with a connection of its own."""
+        return MilvusClient(uri=uri or self.uri, token=self.token, **self.client_options)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ConnectionSettings) and self._key == other._key

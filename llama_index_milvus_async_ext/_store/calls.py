@@ -24,7 +24,7 @@ async def call(store: OpenStore, connected: Connected, port: Port, what: Call[T]
     Raises:
         MilvusException: Milvus rejected it, or could not be reached until the deadline.
     """
-    request = connected.endpoint.call_request(what, store.limits, changes)
+    request = connected.endpoint.call_request(what, store.limits, store.collection_name if changes else None)
     submission, *_ = await port.submit(request)
     raise_failure(submission)
     return cast(T, submission.results[0])

@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from llama_index_milvus_async_ext._lane.lanes import Lane
 from llama_index_milvus_async_ext._lane.port import Port
+from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.endpoint import Endpoint, Limits, WriteTarget
 from llama_index_milvus_async_ext._milvus.quiet import silence_pymilvus
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
@@ -150,7 +151,7 @@ class OpenStore(MilvusVectorStore):
                     hybrid_ranker=hybrid_ranker,
                     hybrid_ranker_params=hybrid_ranker_params or {},
                     use_async_client=use_async_client,
-                    **{"dedicated": True, **settings.options},
+                    **settings.client_options,
                 )
                 endpoint.connection.fetch_schema(collection_name, rpc_timeout_seconds)
         except BaseException:
@@ -210,6 +211,7 @@ class OpenStore(MilvusVectorStore):
         if connected.closed:
             raise RuntimeError("this AsyncMilvusVectorStore is closed; make a new one")
         if connected.pid != os.getpid():  # forked: nothing that was connected in the parent works here
+            lite.never_collect(connected)
             connected = self._connected = Connected.anew(self._settings, self.use_async_client)
             close_with(self, connected)
         return connected

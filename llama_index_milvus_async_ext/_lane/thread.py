@@ -145,6 +145,9 @@ class IoThread:
             for shell in list(self.shells):
                 shell.end()
             others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            if others and self.serves_in_process:
+                # What has been sent may not have reached the server yet, whose threads are about to end.
+                await asyncio.wait(others, timeout=_JOIN_SECONDS / 2)
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)

@@ -28,6 +28,7 @@ from llama_index_milvus_async_ext._milvus.search_request import (
     as_pymilvus_takes_them,
     hits_of_pymilvus,
     search_request,
+    warm_up,
 )
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from llama_index_milvus_async_ext._milvus.write_request import write_request
@@ -41,6 +42,7 @@ class Connection:
     """
 
     def __init__(self, settings: ConnectionSettings) -> None:
+        warm_up()
         self.uri = settings.uri
         if settings.is_file:
             add_filter("grpc._server", UnknownMethodsFilter)

@@ -14,10 +14,11 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from llama_index_milvus_async_ext._io import IoThread
+
 from benchmarks.__main__ import open_milvus
 from benchmarks.backend import Backend, queries_for
 from benchmarks.corpus import make_nodes
-from llama_index_milvus_async_ext._io import IoThread
 
 _DIM = 768
 _STORED_ROWS = 2_000

@@ -45,9 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def lite_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The `.db` path of a Milvus Lite in the tests' own process; it starts with the first connection."""
-    return str(tmp_path_factory.mktemp("lite") / "shared.db")
+def lite_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The `.db` path of a Milvus Lite in the tests' own process."""
+    uri = str(tmp_path_factory.mktemp("lite") / "shared.db")
+    user = MilvusClient(uri)  # else it would be let go of with each test's last store, and have another address then
+    yield uri
+    user.close()
 
 
 @pytest.fixture(scope="session")

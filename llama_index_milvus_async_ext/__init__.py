@@ -1,11 +1,10 @@
 """Write to and read from Milvus, from LlamaIndex, at the speed the server allows, and lose nothing.
 
 `AsyncMilvusVectorStore` is the drop-in store, `AsyncMilvusWriter` the pipeline step, `AsyncMilvusRetriever` the
-retriever. Inside, each request travels in a lane (`_lane`): items of many callers wait there, a free slot of the
-endpoint's limit (`_limit`) takes as many as fit, and each item gets its own outcome. All lanes run in one I/O thread
-per process (`_io`); `_endpoint` ties a connection to its lanes, `_rows` and `_node_json` encode nodes, `_search` and
-`_filters` plan queries, `_session` opens and ends a store's connection, and `_wire` alone touches pymilvus's
-internals. Imports point one way only.
+retriever. Inside, the rooms from the top down, each importing only those below it: `_store` carries out what the
+three are asked for; `_queries` makes requests of queries, and results of hits; `_nodes` makes rows of nodes, and nodes
+of rows; `_milvus` alone knows pymilvus and gRPC; `_lane` carries items of many callers in few requests, and knows
+nothing of Milvus: a pure core decides, a thin shell in one I/O thread per process does it.
 """
 
 from llama_index_milvus_async_ext.report import FailedNode, WriteError, WriteReport

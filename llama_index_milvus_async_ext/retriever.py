@@ -21,7 +21,8 @@ from llama_index.core.vector_stores.types import (
 )
 from llama_index.vector_stores.milvus import MilvusVectorStore
 
-from llama_index_milvus_async_ext._lane.port import LoopPort, ThreadPort
+from llama_index_milvus_async_ext._lane.port import LoopPort
+from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
 from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
 
 _MODES_BY_TEXT = (VectorStoreQueryMode.SPARSE, VectorStoreQueryMode.TEXT_SEARCH)

@@ -8,7 +8,8 @@ from typing import Any
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryResult
 
-from llama_index_milvus_async_ext._lane.port import LoopPort, ThreadPort, run
+from llama_index_milvus_async_ext._lane.port import LoopPort, run
+from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
 from llama_index_milvus_async_ext._store import calls, lookups
 from llama_index_milvus_async_ext._store.open_store import OpenStore
 from llama_index_milvus_async_ext._store.searching import search

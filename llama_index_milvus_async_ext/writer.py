@@ -8,24 +8,23 @@ import copy
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, SerializeAsAny
 from llama_index.core.embeddings.utils import EmbedType, resolve_embed_model
-from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
+from llama_index.core.schema import BaseNode, TransformComponent
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index_instrumentation import get_dispatcher
 from tqdm import tqdm
 
-from llama_index_milvus_async_ext._lane.port import LoopPort, Port, ThreadPort
+from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._lane.thread import IoThread
-from llama_index_milvus_async_ext._milvus.session import Connected
-from llama_index_milvus_async_ext._nodes.vectors import set_embedding
-from llama_index_milvus_async_ext._store.writing import PendingWrite, Write
-from llama_index_milvus_async_ext.report import FailedNode, WriteReport
+from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
+from llama_index_milvus_async_ext._store.parts import HandedOver, Part
+from llama_index_milvus_async_ext._store.writing import PendingWrite
+from llama_index_milvus_async_ext.report import WriteReport
 from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
 
 dispatcher = get_dispatcher(__name__)
@@ -105,7 +104,7 @@ class AsyncMilvusWriter(TransformComponent):
         started = time.perf_counter()
         connected = self.vector_store.live()
         port = ThreadPort()
-        handed_over = _HandedOver(self._least_nodes())
+        handed_over = HandedOver(self._least_nodes())
         pending: list[PendingWrite] = []
         try:
             with connected.held(port), self._bar(nodes) as bar, self._taking_turns():
@@ -133,7 +132,7 @@ class AsyncMilvusWriter(TransformComponent):
         started = time.perf_counter()
         connected = self.vector_store.live()
         port = LoopPort.current()
-        handed_over = _HandedOver(self._least_nodes())
+        handed_over = HandedOver(self._least_nodes())
         pending: list[asyncio.Task[None]] = []
         try:
             with connected.held(port), self._bar(nodes) as bar:
@@ -155,11 +154,11 @@ class AsyncMilvusWriter(TransformComponent):
             raise
         return self._finish(nodes, handed_over.parts, started)
 
-    async def _aembedded(self, parts: list[_Part]) -> AsyncGenerator[_Part, None]:
+    async def _aembedded(self, parts: list[Part]) -> AsyncGenerator[Part, None]:
         """The parts in their order, each once it is embedded; the next one is with the model by then."""
         at_once = 1 if self.embed_model is None or self.embed_model.num_workers else _PARTS_AT_ONCE
         waiting = deque(parts)
-        embedding: deque[tuple[_Part, asyncio.Task[None]]] = deque()
+        embedding: deque[tuple[Part, asyncio.Task[None]]] = deque()
         try:
             while waiting or embedding:
                 while waiting and len(embedding) < at_once:
@@ -176,29 +175,29 @@ class AsyncMilvusWriter(TransformComponent):
                 task.cancel()
             await asyncio.gather(*(task for _, task in embedding), return_exceptions=True)
 
-    def _note(self, parts: Sequence[_Part], started: float) -> WriteReport:
+    def _note(self, parts: Sequence[Part], started: float) -> WriteReport:
         """What is known of the parts, kept as the last report."""
         known = [part.explained() for part in parts if part.report is not None]
         self._last_report = WriteReport.merged(known, time.perf_counter() - started)
         return self._last_report
 
-    def _finish(self, nodes: Sequence[BaseNode], parts: Sequence[_Part], started: float) -> Sequence[BaseNode]:
+    def _finish(self, nodes: Sequence[BaseNode], parts: Sequence[Part], started: float) -> Sequence[BaseNode]:
         report = self._note(parts, started)
         if self.on_failure == "raise":
             report.raise_for_failures()
         return nodes
 
-    def _parts(self, nodes: Sequence[BaseNode]) -> list[_Part]:
+    def _parts(self, nodes: Sequence[BaseNode]) -> list[Part]:
         """Cut the nodes into parts, each of a few embedding batches, so that embedding and writing overlap."""
         if self.embed_model is None:
             size = _NODES_PER_PART if self.show_progress else max(len(nodes), 1)
-            return [_Part(list(nodes[start : start + size]), []) for start in range(0, len(nodes), size)]
+            return [Part(list(nodes[start : start + size]), []) for start in range(0, len(nodes), size)]
         concurrent = self.embed_model.num_workers or _EMBED_BATCHES_PER_PART
         most_missing = self.embed_model.embed_batch_size * concurrent
-        parts = [_Part([], [])]
+        parts = [Part([], [])]
         for node in nodes:
             if len(parts[-1].missing) >= most_missing or len(parts[-1].nodes) >= _NODES_PER_PART:
-                parts.append(_Part([], []))
+                parts.append(Part([], []))
             parts[-1].nodes.append(node)
             if node.embedding is None:
                 parts[-1].missing.append(node)
@@ -250,97 +249,6 @@ class AsyncMilvusWriter(TransformComponent):
         yield "uri", self.vector_store.uri
         yield "embed_model", type(self.embed_model).__name__ if self.embed_model is not None else None
         yield "on_failure", self.on_failure
-
-
-@dataclass
-class _Part:
-    """Nodes that are embedded together, or written together."""
-
-    nodes: list[BaseNode]
-    missing: list[BaseNode]  # those that have no embedding yet
-    errors: dict[int, Exception] = field(default_factory=dict)  # of the embedding model, by the id() of the node
-    is_last: bool = False
-    report: WriteReport | None = None
-
-    def join(self, other: _Part) -> None:
-        """Take another part in, to be written with this one."""
-        self.nodes += other.nodes
-        self.errors |= other.errors
-
-    async def awrite(self, store: AsyncMilvusVectorStore, connected: Connected, port: Port) -> None:
-        """Write the part; the report is kept if the call is interrupted, too."""
-        try:
-            self.report = await Write(store, connected, port, self.nodes).run()
-        except BaseException as interruption:
-            self.report = getattr(interruption, "report", None)
-            raise
-
-    def embed_with(self, embed: Callable[[list[str]], list[list[float]]]) -> None:
-        """Embed what is missing. A failure is kept: it costs these nodes, and no others."""
-        if self.missing:
-            try:
-                self._set(embed(self._texts()))
-            except Exception as error:
-                self._keep(error)
-
-    async def aembed_with(self, embed: Callable[[list[str]], Awaitable[list[list[float]]]]) -> None:
-        """As `embed_with`."""
-        if self.missing:
-            try:
-                self._set(await embed(self._texts()))
-            except Exception as error:
-                self._keep(error)
-
-    def counted_on(self, bar: Any) -> Callable[[object], None]:
-        """A callback that moves a progress bar on by this part."""
-        return lambda _: bar.update(len(self.nodes))
-
-    def explained(self) -> WriteReport:
-        """The report, with the embedding model's error where the store could only say that there is no embedding."""
-        report = self.report
-        assert report is not None
-        if not self.errors:
-            return report
-        failed = [
-            FailedNode(f.node, self.errors[id(f.node)], 0, True) if id(f.node) in self.errors and not f.attempts else f
-            for f in report.failed
-        ]
-        return replace(report, failed=failed)
-
-    def _texts(self) -> list[str]:
-        return [node.get_content(metadata_mode=MetadataMode.EMBED) for node in self.missing]
-
-    def _set(self, embeddings: list[list[float]]) -> None:
-        for node, embedding in zip(self.missing, embeddings, strict=True):
-            set_embedding(node, embedding)
-
-    def _keep(self, error: Exception) -> None:
-        self.errors = dict.fromkeys(map(id, self.missing), error)
-
-
-class _HandedOver:
-    """What a call has handed to the store, part by part.
-
-    Embedded parts are small, so that writing begins early. While the server is busy with earlier ones, they are
-    gathered until they fill a request: of small ones a server manages fewer rows a second.
-    """
-
-    def __init__(self, least_nodes: int) -> None:
-        self.parts: list[_Part] = []
-        self._least_nodes = least_nodes
-        self._gathered: _Part | None = None
-
-    def ready_after(self, part: _Part, is_idle: bool) -> _Part | None:
-        """What is to be handed over now that a part is embedded: it and those before it, or nothing yet."""
-        if self._gathered is None:
-            self._gathered = part
-        else:
-            self._gathered.join(part)
-        if not (is_idle or part.is_last or len(self._gathered.nodes) >= self._least_nodes):
-            return None
-        ready, self._gathered = self._gathered, None
-        self.parts.append(ready)
-        return ready
 
 
 async def _all_ended(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -20,10 +20,12 @@ from typing import Any
 import pytest
 
 from llama_index_milvus_async_ext._lane.items import Submission
+from llama_index_milvus_async_ext._lane.journey import Request
 from llama_index_milvus_async_ext._lane.lanes import Lane
-from llama_index_milvus_async_ext._lane.port import LoopPort, Request, ThreadPort, run
+from llama_index_milvus_async_ext._lane.port import LoopPort, run
 from llama_index_milvus_async_ext._lane.shell import Shell
 from llama_index_milvus_async_ext._lane.thread import IoThread
+from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
 from tests import waiting
 from tests.lane_server import Item, Server, classify, items, make_lane
 

@@ -1,43 +1,21 @@
-"""The callers' way to the I/O thread and back: one for coroutines of any event loop, one for blocking calls."""
+"""The callers' way to the I/O thread and back, for coroutines of any event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-import queue
 import threading
-import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine, Hashable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from llama_index_milvus_async_ext._lane.entrance import WINDOW
 from llama_index_milvus_async_ext._lane.items import Submission
-from llama_index_milvus_async_ext._lane.lanes import Lane
-from llama_index_milvus_async_ext._lane.shell import Shell
+from llama_index_milvus_async_ext._lane.journey import Journey, Request
 from llama_index_milvus_async_ext._lane.thread import IoThread
 
 T = TypeVar("T")
-
-_CANCEL_SECONDS = 2.0  # a cancelled call's outcomes take milliseconds; this is for an I/O thread that is no more
-
-
-class Request(NamedTuple):
-    """Values for a lane.
-
-    Attributes:
-        shell: The endpoint's.
-        lane: The lane, or what finds it in the I/O thread.
-        values: The values.
-        keys: One key per value, or None if no two are ever related.
-    """
-
-    shell: Shell
-    lane: Lane[Any, Any] | Callable[[], Lane[Any, Any]]
-    values: Sequence[Any]
-    keys: Sequence[Hashable] | None = None
 
 
 class Port(Protocol):
@@ -71,50 +49,6 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         return result
     coroutine.close()
     raise RuntimeError("a blocking call can't wait for an event loop")
-
-
-class _Journey:
-    """Requests on their way, from `start` until each has its outcomes; both happen in the I/O thread.
-
-    Args:
-        requests: The requests.
-        arrived: Called once, in the I/O thread, when all outcomes are there.
-    """
-
-    __slots__ = ("_arrived", "_missing", "_own_keys", "_requests", "error", "submissions")
-
-    def __init__(self, requests: Sequence[Request], arrived: Callable[[], object]) -> None:
-        self._requests = requests
-        self._arrived = arrived
-        self._missing = len(requests)
-        # Of many keys, the set is made here, on the caller's thread: the I/O thread has others to serve.
-        self._own_keys = [
-            frozenset(request.keys) if request.keys is not None and len(request.keys) > WINDOW else None
-            for request in requests
-        ]
-        self.submissions: list[Submission[Any]] = []
-        self.error: Exception | None = None
-
-    def start(self) -> None:
-        try:
-            for (shell, lane, values, keys), own_keys in zip(self._requests, self._own_keys, strict=True):
-                found = lane if isinstance(lane, Lane) else lane()
-                self.submissions.append(shell.submit(found, values, keys, own_keys, self._done))
-        except Exception as error:
-            self.error = error
-            self._missing -= len(self._requests) - len(self.submissions)
-            self.cancel()
-            if not self.submissions:
-                self._arrived()
-
-    def cancel(self) -> None:
-        for request, submission in zip(self._requests, self.submissions, strict=False):
-            request.shell.cancel(submission)
-
-    def _done(self, _: Submission[Any]) -> None:
-        self._missing -= 1
-        if not self._missing:
-            self._arrived()
 
 
 class LoopPort:
@@ -234,7 +168,7 @@ class _Waiter:
 
     def __init__(self, port: LoopPort, requests: Sequence[Request]) -> None:
         self._port = port
-        self.journey = _Journey(requests, self._arrived)
+        self.journey = Journey(requests, self._arrived)
         self.has_arrived = not requests
         self.future: asyncio.Future[None] | None = None
 
@@ -245,72 +179,6 @@ class _Waiter:
         self.has_arrived = True
         if self.future is not None and not self.future.done():
             self.future.set_result(None)
-
-
-class ThreadPort:
-    """The way of blocking calls, from any thread."""
-
-    awaits = False
-
-    def __init__(self) -> None:
-        self._io = IoThread.get()
-
-    async def submit(self, *requests: Request) -> list[Submission[Any]]:
-        """See `Port`; it never suspends."""
-        return self.begin(*requests).wait()
-
-    def begin(self, *requests: Request) -> Voyage:
-        """Submit requests, and return at once."""
-        if self._io.is_current:
-            raise RuntimeError("a blocking call on the I/O thread would wait for itself; use the async method")
-        self._io.check()
-        voyage = Voyage(self._io, requests)
-        self._io.post(voyage.journey.start)
-        return voyage
-
-
-class Voyage:
-    """Requests that a thread has submitted, and will wait for."""
-
-    def __init__(self, io: IoThread, requests: Sequence[Request]) -> None:
-        self._io = io
-        self._arrivals: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.has_arrived = not requests
-        self.journey = _Journey(requests, self._arrived)
-
-    def _arrived(self) -> None:
-        self.has_arrived = True
-        self._arrivals.put(None)
-
-    def wait(self) -> list[Submission[Any]]:
-        """Block until all outcomes are there. If it is interrupted, see `Port.submit`."""
-        thread = threading.current_thread()
-        waited_for = not thread.daemon and thread is not threading.main_thread()
-        if waited_for:
-            self._io.blocked.add(thread)
-        try:
-            if not self.has_arrived:
-                self._arrivals.get()
-        except BaseException as interruption:
-            interruption.submissions = self.cancel()  # type: ignore[attr-defined]
-            raise
-        finally:
-            self._io.blocked.discard(thread)
-        if self.journey.error is not None:
-            raise self.journey.error
-        return self.journey.submissions
-
-    def cancel(self) -> list[Submission[Any]]:
-        """Give up on what has no outcome yet, and return all outcomes."""
-        self._io.post(self.journey.cancel)
-        until = time.monotonic() + _CANCEL_SECONDS
-        while not self.has_arrived and time.monotonic() < until:
-            try:
-                with contextlib.suppress(queue.Empty):
-                    self._arrivals.get(timeout=_CANCEL_SECONDS)
-            except KeyboardInterrupt:  # an impatient second Ctrl-C
-                continue
-        return self.journey.submissions
 
 
 if hasattr(os, "register_at_fork"):

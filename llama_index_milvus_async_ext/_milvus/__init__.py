@@ -1,0 +1,1 @@
+"""The only room that knows pymilvus, gRPC and Milvus Lite."""

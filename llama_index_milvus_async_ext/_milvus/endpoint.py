@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext._lane import forks
-from llama_index_milvus_async_ext._lane.effects import Retry
 from llama_index_milvus_async_ext._lane.entrance import Entrance
+from llama_index_milvus_async_ext._lane.journey import Request
 from llama_index_milvus_async_ext._lane.lanes import Lane
-from llama_index_milvus_async_ext._lane.port import Request
 from llama_index_milvus_async_ext._lane.shell import Shell
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.errors import COLLECTION_NOT_LOADED, RpcFailure, SchemaChangedError, classify
 from llama_index_milvus_async_ext._milvus.opening import connect
+from llama_index_milvus_async_ext._milvus.quiet import log_retry
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import Found, SearchGroup
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
+from llama_index_milvus_async_ext._milvus.sharing import Sharing
 from llama_index_milvus_async_ext._milvus.write_lock import WriteLock
 from llama_index_milvus_async_ext.retry import RetryPolicy, Verdict
 
-logger = logging.getLogger("llama_index_milvus_async_ext")
 T = TypeVar("T")
 
 _RELOAD_SECONDS = 5.0
@@ -84,12 +82,7 @@ class Endpoint:
     collections share an entrance, and so the order of equal ids.
     """
 
-    _open: ClassVar[dict[ConnectionSettings, Future[Endpoint | None]]] = {}
-    _shells: ClassVar[dict[str, Shell]] = {}
-    _entrances: ClassVar[dict[tuple[str, str, str], Entrance]] = {}
-    # Held for moments only: while one connects, others are served. Re-entrant, as a store may be collected, and so
-    # closed, at any point of the code that holds it.
-    _lock: ClassVar[threading.RLock] = threading.RLock()
+    _sharing: ClassVar[Sharing[Endpoint]] = Sharing()
 
     @classmethod
     def open(cls, settings: ConnectionSettings) -> Endpoint:
@@ -98,84 +91,42 @@ class Endpoint:
         Raises:
             ConnectError: The server can't be reached, refuses the token, or the file is in use.
         """
-        while True:
-            with cls._lock:
-                opening = cls._open.get(settings)
-                is_mine = opening is None
-                if opening is None:
-                    opening = cls._open[settings] = Future()
-            if is_mine:
-                try:
-                    opening.set_result(cls(settings))
-                except BaseException as error:
-                    with cls._lock:
-                        cls._open.pop(settings, None)
-                    opening.set_exception(error)
-                    raise
-            endpoint = opening.result()
-            with cls._lock:
-                if endpoint is not None and cls._open.get(settings) is opening:
-                    endpoint._users += 1
-                    return endpoint
-            # closed meanwhile: open it anew
+        return cls._sharing.join(settings, lambda: cls(settings))
 
     @classmethod
     def forget_all(cls) -> None:
         """Start anew, in a forked child: nothing that was inherited works there."""
-        for opening in cls._open.values():
-            lite.never_collect(opening)
-        cls._open, cls._shells, cls._entrances, cls._lock = {}, {}, {}, threading.RLock()
+        lite.never_collect(cls._sharing.everything)
+        cls._sharing = Sharing()
 
     def __init__(self, settings: ConnectionSettings) -> None:
         self._settings = settings
-        self._users = 0
         self.connection = connect(settings)
-        self.is_lite = self.connection.server_version().startswith("milvus_lite")
-        address = self.connection.address
-        io = IoThread.get()
-        with self._lock:
-            shell = self._shells.get(address)
-            if shell is None:
-                shell = self._shells[address] = Shell(io.loop, classify, _log_retry, io.takes_turns)
-                io.shells.add(shell)
-        self.shell = shell
-        self._write_lock = WriteLock(address) if self.is_lite else None
+        try:
+            self.is_lite = self.connection.server_version().startswith("milvus_lite")
+            self._write_lock = WriteLock(self.connection.address) if self.is_lite else None
+        except BaseException:
+            self.connection.close()
+            raise
+        self._shared = self._sharing.join_address(self.connection.address, _new_shell)
+        self.shell = self._shared.shell
         self._write_lanes: dict[tuple[Any, ...], Lane[Any, None]] = {}
+        self._lock = threading.Lock()
         self._reloaded_at: dict[str, float] = {}
         self._torn: set[str] = set()  # collections of a Milvus Lite whose disk was full
         if settings.is_file:
-            io.serves_in_process = True
+            IoThread.get().serves_in_process = True
 
     def close(self) -> None:
         """Give up one use; the last one closes the connection, and lets go of the file."""
-        closing: Future[Endpoint | None] = Future()
-        with self._lock:
-            self._users -= 1
-            if self._users > 0:
-                return
-            self._open[self._settings] = closing  # who opens it now waits until it is closed
-        try:
-            with lite.files if self._settings.is_file else contextlib.nullcontext():
-                self.connection.close()
-                if self._settings.is_file:
-                    lite.release(self._settings.uri)
-        finally:
-            with self._lock:
-                del self._open[self._settings]
-                self._forget_address()
-            closing.set_result(None)
+        self._sharing.leave(self._settings, self._disconnect)
 
-    def _forget_address(self) -> None:
-        """Let go of what the endpoints of an address share, with the last of them."""
-        address = self.connection.address
-        open_ = [opening.result() for opening in self._open.values() if opening.done() and not opening.exception()]
-        if (
-            all(other is None or other.connection.address != address for other in open_)
-            and self._shells.get(address) is self.shell
-        ):
-            del self._shells[address]
-            for key in [key for key in self._entrances if key[0] == address]:
-                del self._entrances[key]
+    def _disconnect(self) -> None:
+        self._sharing.leave_address(self.connection.address)
+        with lite.files if self._settings.is_file else contextlib.nullcontext():
+            self.connection.close()
+            if self._settings.is_file:
+                lite.release(self._settings.uri)
 
     @property
     def uri(self) -> str:
@@ -226,11 +177,8 @@ class Endpoint:
             return [None] * count
 
         in_flight = min(limits.max_concurrency, max(_MOST_ROWS_UNDER_WAY // limits.batch_size, 1))
-        entrance = self._entrances.setdefault(
-            (self.connection.address, self.connection.db_name, collection), Entrance(_LEAST_CAPACITY, False)
-        )
-        entrance.tells_repeats |= not target.upsert
-        entrance.capacity = max(entrance.capacity, limits.batch_size * (in_flight + 2))
+        capacity = max(limits.batch_size * (in_flight + 2), _LEAST_CAPACITY)
+        entrance = self._shared.entrance(self.connection.db_name, collection, capacity, not target.upsert)
         return Lane(
             kind="rows",
             prepare=encode,
@@ -380,21 +328,15 @@ class Endpoint:
             raise
 
 
+def _new_shell() -> Shell:
+    io = IoThread.get()
+    shell = Shell(io.loop, classify, log_retry, io.takes_turns)
+    io.shells.add(shell)
+    return shell
+
+
 def _prepare_query(query: Any) -> tuple[Any, int]:
     return query, 0
-
-
-def _log_retry(retry: Retry) -> None:
-    # A collection that is not loaded yet is no fault: Milvus loads it after a restart, Milvus Lite when it is told to.
-    is_loading = getattr(retry.error, "code", None) == COLLECTION_NOT_LOADED
-    level = logging.WARNING if retry.attempt == 1 and not is_loading else logging.DEBUG
-    logger.log(
-        level,
-        "request to Milvus: attempt %d failed, next one in %.2f s: %s",
-        retry.attempt,
-        retry.pause_seconds,
-        retry.error,
-    )
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,4 +1,4 @@
-"""Keeps pymilvus and Milvus Lite from logging failures that this package mends or reports itself."""
+"""What is logged of failures: a line by this package, and nothing by pymilvus and Milvus Lite."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import contextlib
 import logging
 import threading
 from typing import Any
+
+from llama_index_milvus_async_ext._lane.effects import Retry
+from llama_index_milvus_async_ext._milvus.errors import COLLECTION_NOT_LOADED
+
+logger = logging.getLogger("llama_index_milvus_async_ext")
 
 _silenced = threading.local()
 _NOISY_LOGGERS = (
@@ -53,3 +58,17 @@ def silence_pymilvus() -> Any:
         yield
     finally:
         _silenced.on = before
+
+
+def log_retry(retry: Retry) -> None:
+    """Tell of a request that failed and will be sent again: the first time as a warning."""
+    # A collection that is not loaded yet is no fault: Milvus loads it after a restart, Milvus Lite when it is told to.
+    is_loading = getattr(retry.error, "code", None) == COLLECTION_NOT_LOADED
+    level = logging.WARNING if retry.attempt == 1 and not is_loading else logging.DEBUG
+    logger.log(
+        level,
+        "request to Milvus: attempt %d failed, next one in %.2f s: %s",
+        retry.attempt,
+        retry.pause_seconds,
+        retry.error,
+    )

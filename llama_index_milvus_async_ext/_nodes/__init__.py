@@ -1,0 +1,1 @@
+"""From a node to the row that stores it, and back."""

@@ -1,0 +1,1 @@
+"""From a query to a request that others may share, and to its result."""

@@ -13,7 +13,9 @@ from llama_index_instrumentation.event_handlers import NullEventHandler
 from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext._lane.items import CancelledCallError, Failure, Submission
-from llama_index_milvus_async_ext._lane.port import Port, Request, ThreadPort, Voyage, run
+from llama_index_milvus_async_ext._lane.journey import Request
+from llama_index_milvus_async_ext._lane.port import Port, run
+from llama_index_milvus_async_ext._lane.thread_port import ThreadPort, Voyage
 from llama_index_milvus_async_ext._milvus.errors import SchemaChangedError, SchemaMismatchError, classify, fresh
 from llama_index_milvus_async_ext._milvus.schema import Schema
 from llama_index_milvus_async_ext._milvus.session import Connected

@@ -1,0 +1,73 @@
+"""Requests of one call, from its thread to the I/O thread and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+from llama_index_milvus_async_ext._lane.entrance import WINDOW
+from llama_index_milvus_async_ext._lane.items import Submission
+from llama_index_milvus_async_ext._lane.lanes import Lane
+from llama_index_milvus_async_ext._lane.shell import Shell
+
+
+class Request(NamedTuple):
+    """Values for a lane.
+
+    Attributes:
+        shell: The endpoint's.
+        lane: The lane, or what finds it in the I/O thread.
+        values: The values.
+        keys: One key per value, or None if no two are ever related.
+    """
+
+    shell: Shell
+    lane: Lane[Any, Any] | Callable[[], Lane[Any, Any]]
+    values: Sequence[Any]
+    keys: Sequence[Hashable] | None = None
+
+
+class Journey:
+    """Requests on their way, from `start` until each has its outcomes; both happen in the I/O thread.
+
+    Args:
+        requests: The requests.
+        arrived: Called once, in the I/O thread, when all outcomes are there.
+    """
+
+    __slots__ = ("_arrived", "_missing", "_own_keys", "_requests", "error", "submissions")
+
+    def __init__(self, requests: Sequence[Request], arrived: Callable[[], object]) -> None:
+        self._requests = requests
+        self._arrived = arrived
+        self._missing = len(requests)
+        # Of many keys, the set is made here, on the caller's thread: the I/O thread has others to serve.
+        self._own_keys = [
+            frozenset(request.keys) if request.keys is not None and len(request.keys) > WINDOW else None
+            for request in requests
+        ]
+        self.submissions: list[Submission[Any]] = []
+        self.error: Exception | None = None
+
+    def start(self) -> None:
+        """Submit them; in the I/O thread."""
+        try:
+            for (shell, lane, values, keys), own_keys in zip(self._requests, self._own_keys, strict=True):
+                found = lane if isinstance(lane, Lane) else lane()
+                self.submissions.append(shell.submit(found, values, keys, own_keys, self._done))
+        except Exception as error:
+            self.error = error
+            self._missing -= len(self._requests) - len(self.submissions)
+            self.cancel()
+            if not self.submissions:
+                self._arrived()
+
+    def cancel(self) -> None:
+        """Give up on them; in the I/O thread."""
+        for request, submission in zip(self._requests, self.submissions, strict=False):
+            request.shell.cancel(submission)
+
+    def _done(self, _: Submission[Any]) -> None:
+        self._missing -= 1
+        if not self._missing:
+            self._arrived()

@@ -1,0 +1,92 @@
+"""The house: what each room may import, how large a module may be, and what is public."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import llama_index_milvus_async_ext as package
+
+HOME = Path(package.__file__).parent
+MODULES = sorted(HOME.rglob("*.py"))
+# From the top down: a room imports those below it, and itself.
+FLOORS = [
+    "writer",
+    "retriever",
+    "vector_store",
+    "_store",
+    "_queries",
+    "_nodes",
+    "_milvus",
+    "_lane",
+    "report",
+    "events",
+    "retry",
+]
+
+
+def room_of(module: str) -> str:
+    return module.removeprefix("llama_index_milvus_async_ext.").split(".")[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    return {
+        room_of(node.module)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llama_index_milvus_async_ext.")
+    }
+
+
+def test_imports_point_down() -> None:
+    for path in MODULES:
+        relative = path.relative_to(HOME)
+        room = relative.parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for other in imports_of(path):
+            assert other == room or FLOORS.index(other) > FLOORS.index(room), f"{relative} imports {other}"
+
+
+def test_only_one_room_knows_pymilvus_internals_and_the_lane_knows_no_milvus() -> None:
+    for path in MODULES:
+        relative = path.relative_to(HOME)
+        modules = {
+            name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in (
+                [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+            )
+        }
+        outside = {name for name in modules if name.split(".")[0] in ("pymilvus", "grpc", "milvus_lite")}
+        if relative.parts[0] in ("_lane", "retry.py"):
+            assert not outside, f"{relative} imports {outside}"
+        elif relative.parts[0] != "_milvus":
+            assert outside <= {"pymilvus", "pymilvus.exceptions"}, f"{relative} imports {outside}"
+
+
+def test_the_core_of_the_lane_is_pure() -> None:
+    pure = ["core", "carrier", "turns", "air", "ledger", "limit", "entrance", "batching", "effects", "items", "lanes"]
+    for name in pure:
+        tree = ast.parse((HOME / "_lane" / f"{name}.py").read_text())
+        assert not [node for node in ast.walk(tree) if isinstance(node, (ast.Await, ast.AsyncFunctionDef))], name
+        imported = {node.names[0].name for node in ast.walk(tree) if isinstance(node, ast.Import)}
+        assert not imported & {"asyncio", "time", "threading", "random", "logging", "os"}, name
+
+
+def test_no_module_is_larger_than_a_room() -> None:
+    for path in MODULES:
+        most = 250 if path.parent.name == "_lane" else 350
+        assert len(path.read_text().splitlines()) <= most, path
+
+
+def test_nothing_else_is_public() -> None:
+    assert sorted(package.__all__) == [
+        "AsyncMilvusRetriever",
+        "AsyncMilvusVectorStore",
+        "AsyncMilvusWriter",
+        "FailedNode",
+        "RetryPolicy",
+        "WriteError",
+        "WriteReport",
+    ]

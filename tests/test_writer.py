@@ -18,8 +18,8 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.event_handlers import BaseEventHandler
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, WriteError
+from llama_index_milvus_async_ext._store.parts import HandedOver, Part
 from llama_index_milvus_async_ext.events import MilvusWriteEvent
-from llama_index_milvus_async_ext.writer import _HandedOver, _Part
 from tests.conftest import Backend, MakeNodes
 from tests.corpus import documents
 from tests.embedding import HashEmbedding
@@ -158,11 +158,11 @@ async def test_a_write_that_is_cancelled_while_it_embeds_leaves_nothing_running(
 
 
 def test_small_parts_are_gathered_while_others_are_being_written() -> None:
-    handed_over = _HandedOver(least_nodes=5)
+    handed_over = HandedOver(least_nodes=5)
     numbers = iter(range(100))
 
-    def part(size: int, is_last: bool = False) -> _Part:
-        return _Part([TextNode(id_=str(next(numbers))) for _ in range(size)], [], is_last=is_last)
+    def part(size: int, is_last: bool = False) -> Part:
+        return Part([TextNode(id_=str(next(numbers))) for _ in range(size)], [], is_last=is_last)
 
     def ready(size: int, is_idle: bool, is_last: bool = False) -> list[str]:
         found = handed_over.ready_after(part(size, is_last), is_idle)

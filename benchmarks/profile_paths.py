@@ -11,18 +11,24 @@ import logging
 import os
 import pstats
 import re
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
-
-from llama_index_milvus_async_ext._io import IoThread
 
 from benchmarks.__main__ import open_milvus
 from benchmarks.backend import Backend, queries_for
 from benchmarks.corpus import make_nodes
+from llama_index_milvus_async_ext._lane.thread import IoThread
 
 _DIM = 768
 _STORED_ROWS = 2_000
 _WAITING = re.compile(r"poll|select|acquire")
+
+
+def _in_io_thread(function: Callable[[], object]) -> None:
+    done = threading.Event()
+    IoThread.get().post(function, done.set)
+    done.wait()
 
 
 def main() -> None:
@@ -60,13 +66,13 @@ async def _profiled(work: Callable[[], Awaitable[Any]]) -> pstats.Stats:
     """Profile the caller's thread and the I/O thread, added up."""
     callers, in_io_thread = cProfile.Profile(), cProfile.Profile()
     gc.collect()
-    IoThread.get().call(in_io_thread.enable)
+    _in_io_thread(in_io_thread.enable)
     callers.enable()
     try:
         await work()
     finally:
         callers.disable()
-        IoThread.get().call(in_io_thread.disable)
+        _in_io_thread(in_io_thread.disable)
     stats = pstats.Stats(callers)
     stats.add(in_io_thread)
     return stats

@@ -341,7 +341,8 @@ async def test_a_cancelled_flush_says_that_the_rows_are_written(
 
 
 INTERRUPTED = """
-import asyncio, json, sys
+import asyncio, json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 from llama_index.core.schema import TextNode
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, WriteReport
 

@@ -269,11 +269,13 @@ def interrupted(after: float, times: int = 1) -> Iterator[None]:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     thread = threading.Thread(target=press)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     thread.start()
     try:
         yield
     finally:
         thread.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_ends_a_blocking_call_which_knows_all_its_outcomes(shell: Shell) -> None:

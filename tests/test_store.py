@@ -535,3 +535,20 @@ def test_a_client_stays_usable_beside(make_store: Any, backend: Backend) -> None
     assert store.client.has_collection(store.collection_name)
     assert store.aclient is not None
     assert store.uri == backend.uri
+
+
+async def test_a_store_is_opened_without_blocking_the_loop(backend: Backend, collection_name: str) -> None:
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0.001)
+
+    counting = asyncio.create_task(count_turns())
+    async with await AsyncMilvusVectorStore.aopen(backend.uri, collection_name=collection_name, dim=DIM) as store:
+        assert turns > 5
+        counting.cancel()
+        assert (await store.awrite([])).ok
+        assert store.aclient is not None

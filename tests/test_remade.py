@@ -1,0 +1,101 @@
+"""A collection that another program drops and makes anew is noticed: what fits it now is written and found."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from llama_index.core.vector_stores.types import VectorStoreQuery
+from pymilvus import DataType, MilvusClient
+from pymilvus.exceptions import MilvusException
+
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore, WriteError
+from tests.conftest import Backend, MakeNodes
+
+
+@pytest.fixture
+def store(backend: Backend, collection_name: str) -> Iterator[AsyncMilvusVectorStore]:
+    with AsyncMilvusVectorStore(backend.uri, collection_name=collection_name, dim=8, consistency_level="Strong") as it:
+        yield it
+
+
+def make_anew(store: AsyncMilvusVectorStore, dim: int, *more_fields: tuple[str, DataType, dict[str, Any]]) -> None:
+    """As another program would, with a client of its own."""
+    client = MilvusClient(store.live().endpoint.uri)
+    client.drop_collection(store.collection_name)
+    schema = client.create_schema(auto_id=False, enable_dynamic_field=True)
+    schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=65_535)
+    schema.add_field("doc_id", DataType.VARCHAR, max_length=65_535)
+    schema.add_field("text", DataType.VARCHAR, max_length=65_535)
+    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=dim)
+    for name, kind, options in more_fields:
+        schema.add_field(name, kind, **options)
+    index = client.prepare_index_params()
+    index.add_index("embedding", index_type="FLAT", metric_type="IP")
+    client.create_collection(store.collection_name, schema=schema, index_params=index, consistency_level="Strong")
+    client.close()
+
+
+def test_what_fits_it_now_is_written_and_found_and_what_fitted_it_before_is_refused(
+    store: AsyncMilvusVectorStore, make_nodes: MakeNodes
+) -> None:
+    before, now = make_nodes(3), make_nodes(30, dim=16)
+    assert store.write(before).ok
+    make_anew(store, 16)
+    report = store.write([*now, *before])
+    assert report.written == [node.node_id for node in now]
+    assert [failed.node.node_id for failed in report.failed] == [node.node_id for node in before]
+    assert "has 8 dimensions, the collection has 16" in str(report.failed[0].error)
+    found = store.query(VectorStoreQuery(query_embedding=now[3].embedding, similarity_top_k=30))
+    assert sorted(found.ids or []) == sorted(report.written)
+
+
+async def test_a_query_that_fits_it_now_is_answered(store: AsyncMilvusVectorStore, make_nodes: MakeNodes) -> None:
+    assert store.write(make_nodes(1)).ok
+    make_anew(store, 16)
+    query = VectorStoreQuery(query_embedding=[0.5] * 16, similarity_top_k=1)
+    answers = await asyncio.gather(*(store.aquery(query) for _ in range(5)))
+    assert all(answer.ids == [] for answer in answers)
+    with pytest.raises(MilvusException, match="8 dimensions"):
+        await store.aquery(VectorStoreQuery(query_embedding=[0.5] * 8, similarity_top_k=1))
+
+
+def test_a_new_required_field_refuses_nodes_without_it_by_name_and_in_few_requests(
+    store: AsyncMilvusVectorStore, make_nodes: MakeNodes
+) -> None:
+    assert store.write(make_nodes(1)).ok
+    make_anew(store, 8, ("colour", DataType.VARCHAR, {"max_length": 20}))
+    nodes = make_nodes(500)
+    before = store.statistics().requests
+    report = store.write(nodes)
+    assert store.statistics().requests - before < 100
+    assert not report.written
+    with_it = make_nodes(20)
+    for node in with_it:
+        node.metadata["colour"] = "red"
+    before = store.statistics().requests
+    report = store.write([*nodes[:3], *with_it])
+    assert report.written == [node.node_id for node in with_it]
+    assert all("'colour'" in str(failed.error) for failed in report.failed)
+    assert store.statistics().requests - before < 10
+
+
+async def test_concurrent_callers_all_notice(store: AsyncMilvusVectorStore, make_nodes: MakeNodes) -> None:
+    assert store.write(make_nodes(1)).ok
+    make_anew(store, 16)
+    nodes = make_nodes(50, dim=16)
+    reports = await asyncio.gather(*(store.awrite([node]) for node in nodes))
+    assert all(report.ok for report in reports)
+    with pytest.raises(WriteError):
+        await store.async_add(make_nodes(1))
+
+
+def test_code_written_for_the_plain_store_catches_failures_as_before(
+    store: AsyncMilvusVectorStore, make_nodes: MakeNodes
+) -> None:
+    with pytest.raises(MilvusException):
+        store.add(make_nodes(1, dim=9))
+    with pytest.raises(MilvusException):
+        store.query(VectorStoreQuery(query_embedding=[0.5] * 9, similarity_top_k=1))

@@ -41,7 +41,7 @@ soak: $(VENV)/.bench milvus-server ## ten minutes of mixed writes, deletes and s
 	$(BIN)/python -m tests.soak
 
 clean: ## remove the environments, caches and the demo's database
-	rm -rf $(VENV) .venv-milvus build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.db demo.db.lock
+	rm -rf $(VENV) .venv-milvus build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.db
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:

@@ -552,3 +552,12 @@ async def test_a_store_is_opened_without_blocking_the_loop(backend: Backend, col
         counting.cancel()
         assert (await store.awrite([])).ok
         assert store.aclient is not None
+
+
+async def test_a_new_collection_is_opened_from_several_threads_at_once(backend: Backend, collection_name: str) -> None:
+    opening = (
+        AsyncMilvusVectorStore.aopen(backend.uri, collection_name=collection_name, dim=DIM, max_concurrency=number)
+        for number in range(1, 6)
+    )
+    for store in await asyncio.gather(*opening):
+        await store.aclose()

@@ -128,6 +128,10 @@ class Endpoint:
             if self._settings.is_file:
                 lite.release(self._settings.uri)
 
+    def creating(self) -> contextlib.AbstractContextManager[Any]:
+        """To be held while a collection is opened or made: Milvus Lite makes one twice, and fails."""
+        return self._shared.creating if self.is_lite else contextlib.nullcontext()
+
     @property
     def uri(self) -> str:
         """Where the connection goes: the settings' uri, or where another process serves that file."""

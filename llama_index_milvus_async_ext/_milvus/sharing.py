@@ -19,11 +19,13 @@ class Address:
     Attributes:
         shell: Runs their requests, within one limit.
         users: How many they are.
+        creating: Held while one makes a collection, where two at once would be in each other's way.
     """
 
     def __init__(self, shell: Shell) -> None:
         self.shell = shell
         self.users = 0
+        self.creating = threading.Lock()
         self._entrances: dict[tuple[str, str], Entrance] = {}
 
     def entrance(self, db_name: str, collection: str, capacity: int, tells_repeats: bool) -> Entrance:

@@ -106,7 +106,7 @@ class OpenStore(MilvusVectorStore):
         settings = ConnectionSettings(uri, token, kwargs, served_at)
         endpoint = Endpoint.open(settings)
         try:
-            with silence_pymilvus():
+            with endpoint.creating(), silence_pymilvus():
                 if overwrite:
                     similarity_metric = metric_for_new(similarity_metric, index_config)
                 else:

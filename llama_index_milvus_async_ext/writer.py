@@ -112,9 +112,9 @@ class AsyncMilvusWriter(TransformComponent):
                     part.embed_with(self._embed)
                     ready = handed_over.ready_after(part, all(written.done() for written in reversed(pending)))
                     if ready is not None:
-                        pending.append(PendingWrite(self.vector_store, connected, ready.nodes))
+                        pending.append(ready.begin(self.vector_store, connected))
                 for written, ready in zip(pending, handed_over.parts, strict=True):
-                    ready.report = written.result()
+                    ready.finish(written)
                     bar.update(len(ready.nodes))
         except BaseException as interruption:
             for written, ready in zip(pending, handed_over.parts, strict=False):

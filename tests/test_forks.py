@@ -156,3 +156,27 @@ def test_pipelines_fork_while_other_threads_search_and_write(uri: str) -> None:
         os._exit(0)
     """
     assert outcome(program, uri) == "well"
+
+
+def test_a_fork_while_another_thread_opens_and_closes_a_store_leaves_the_child_working(uri: str) -> None:
+    program = """
+        def open_and_close():
+            for _ in range(8):
+                AsyncMilvusVectorStore(uri=sys.argv[2], collection_name="other", dim=8).close()
+
+        opening = threading.Thread(target=open_and_close)
+        opening.start()
+        statuses = []
+        while opening.is_alive() and len(statuses) < 8:
+            child = os.fork()
+            if not child:
+                signal.alarm(15)  # ends one that hangs, with a status
+                assert len(store.query(query).ids) == 3
+                os._exit(0)
+            statuses.append(os.waitpid(child, 0)[1])
+        opening.join()
+        print(set(statuses), flush=True)
+        os._exit(0)
+    """
+    other = uri if uri.startswith("http") else uri.replace("forked", "other")
+    assert outcome(program, uri, other, seconds=150) == "{0}"

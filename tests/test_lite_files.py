@@ -55,6 +55,14 @@ def test_a_file_is_free_once_its_last_store_is_closed(tmp_path: Path, make_nodes
         assert len(again.client.query("c", filter="", limit=100)) == 15
 
 
+def test_a_store_that_could_not_be_made_holds_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "free.db"
+    opened(path).close()
+    with pytest.raises(ValueError, match="Dim"):
+        AsyncMilvusVectorStore(uri=str(path), collection_name="without a dimension")
+    assert opened_elsewhere(path) == "0"
+
+
 @pytest.mark.parametrize("kind", [MilvusClient, AsyncMilvusClient, MilvusVectorStore])
 def test_a_plain_client_of_the_process_keeps_its_file(tmp_path: Path, make_nodes: MakeNodes, kind: type) -> None:
     path = tmp_path / "shared.db"

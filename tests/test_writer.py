@@ -14,10 +14,11 @@ from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import BaseNode, MetadataMode, TextNode
 from llama_index.vector_stores.milvus import MilvusVectorStore
+from llama_index.vector_stores.milvus.utils import BaseSparseEmbeddingFunction
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.event_handlers import BaseEventHandler
 
-from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, WriteError
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, WriteError, WriteReport
 from llama_index_milvus_async_ext._store.parts import HandedOver, Part
 from llama_index_milvus_async_ext.events import MilvusWriteEvent
 from tests.conftest import Backend, MakeNodes
@@ -329,3 +330,33 @@ def test_a_slow_model_does_not_hold_writing_up(
     else:
         writer(nodes)
     assert [moment - rows_before for moment in moments] == [0, 10, 20, 30]
+
+
+class Interrupting(BaseSparseEmbeddingFunction):
+    """Ctrl-C comes while it encodes."""
+
+    def encode_queries(self, queries: list[str]) -> list[dict[int, float]]:
+        return [{1: 1.0} for _ in queries]
+
+    def encode_documents(self, documents: list[str]) -> list[dict[int, float]]:
+        raise KeyboardInterrupt
+
+
+def test_what_ctrl_c_kept_from_being_sent_stands_in_the_report(
+    lite_uri: str, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    store = AsyncMilvusVectorStore(
+        lite_uri,
+        collection_name=collection_name,
+        dim=8,
+        enable_sparse=True,
+        sparse_embedding_function=Interrupting(),
+    )
+    writer = AsyncMilvusWriter(store)
+    nodes = make_nodes(5)
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        writer(nodes)
+    report = WriteReport.of(interrupted.value)
+    assert report is not None and report == writer.last_report
+    assert [failed.node for failed in report.failed] == nodes
+    store.close()

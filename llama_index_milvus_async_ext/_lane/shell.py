@@ -144,11 +144,14 @@ class Shell:
             self._send(send)
         for flight in effects.aborts:
             self._tasks[flight].cancel()
-        for retry in effects.retries:
-            self._on_retry(retry)
         for submission in effects.settled:
             self._forget_if_idle(submission.lane)
             submission.on_done(submission)
+        for retry in effects.retries:
+            try:
+                self._on_retry(retry)
+            except Exception as error:  # of a log handler of the user's
+                self._loop.call_exception_handler({"message": "a retry could not be logged", "exception": error})
         return bool(effects.sends)
 
     def _send(self, send: Send) -> None:

@@ -17,7 +17,7 @@ from pymilvus.exceptions import MilvusException
 from pymilvus.grpc_gen import milvus_pb2
 
 from llama_index_milvus_async_ext._lane import forks
-from llama_index_milvus_async_ext._milvus.errors import ClosedConnectionError, RpcFailure, StatusFailure
+from llama_index_milvus_async_ext._milvus.errors import ClosedConnectionError, RpcFailure, StatusFailure, classify
 from llama_index_milvus_async_ext._milvus.quiet import UnknownMethodsFilter, add_filter, silence_pymilvus
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import (
@@ -65,11 +65,17 @@ class Connection:
         return str(getattr(handler, "server_address", ""))
 
     def server_version(self) -> str:
-        """What the server says of its version; empty if it does not say."""
+        """What the server says of its version; empty if it has no answer to that, or none for this user.
+
+        Raises:
+            MilvusException: It did not answer. Not to be passed over: Milvus Lite has to be known as such.
+        """
         with silence_pymilvus():
             try:
                 return str(self.client.get_server_version(timeout=10))
-            except Exception:
+            except MilvusException as error:
+                if classify(RpcFailure.cause_of(error) or error).is_repeated:
+                    raise
                 return ""
 
     async def in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -103,7 +103,7 @@ class Endpoint:
         self._settings = settings
         self.connection = connect(settings)
         try:
-            self.is_lite = self.connection.server_version().startswith("milvus_lite")
+            self.is_lite = settings.is_file or self.connection.server_version().startswith("milvus_lite")
             self._write_lock = WriteLock(self.connection.address) if self.is_lite else None
         except BaseException:
             self.connection.close()

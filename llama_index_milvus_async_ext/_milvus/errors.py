@@ -109,6 +109,16 @@ class StatusFailure(MilvusException):
         return (type(self), arguments, self.__dict__)
 
 
+class DeadlineError(MilvusException, TimeoutError):
+    """A call that waited for its turn until its deadline."""
+
+    def __init__(self, message: str = "") -> None:
+        MilvusException.__init__(self, code=NOT_READY, message=message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.message,))
+
+
 class SchemaMismatchError(ValueError):
     """Something does not fit the collection as it was last described: it may fit it as it is now."""
 

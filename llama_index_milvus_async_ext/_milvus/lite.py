@@ -12,6 +12,7 @@ import weakref
 from typing import Any
 
 from pymilvus import AsyncMilvusClient, MilvusClient, connections
+from pymilvus.client.connection_manager import ConnectionManager
 
 from llama_index_milvus_async_ext._milvus.write_lock import lock_path
 
@@ -149,8 +150,14 @@ def never_collect(inherited: Any) -> None:
 
 
 def _forget_inherited() -> None:
-    global _is_forked
+    global _is_forked, files
     _is_forked = True
+    # Another thread may have held these at the fork, for as long as a connection takes.
+    files = threading.RLock()
+    pymilvus_manager = getattr(ConnectionManager, "_instance", None)
+    if pymilvus_manager is not None:
+        pymilvus_manager._lock = threading.RLock()
+        ConnectionManager._instance_lock = threading.Lock()
     servers = _servers()
     for path, (server, db, port) in list(servers.items()):
         never_collect(server)

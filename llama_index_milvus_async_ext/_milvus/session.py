@@ -114,8 +114,10 @@ class Connected:
 
     def close(self) -> None:
         """Close what was opened here; a forked child leaves its parent's connections alone."""
+        if self.pid != os.getpid():  # first: the lock may have been held at the fork
+            return
         with self._lock:
-            if self.closed or self.pid != os.getpid():
+            if self.closed:
                 return
             self.closed = True
         self.client.close()

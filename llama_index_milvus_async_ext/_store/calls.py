@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from llama_index_milvus_async_ext._lane.items import Submission
+from llama_index_milvus_async_ext._lane.items import DeadlinePassedError, Submission
 from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus.endpoint import Call, Endpoint
-from llama_index_milvus_async_ext._milvus.errors import fresh
+from llama_index_milvus_async_ext._milvus.errors import DeadlineError, fresh
 from llama_index_milvus_async_ext._milvus.schema import Schema
 from llama_index_milvus_async_ext._milvus.session import Connected
 
@@ -60,6 +60,8 @@ def raise_failure(submission: Submission[Any]) -> None:
     if failed:
         failure = submission.failure(failed[0])
         assert failure is not None
+        if isinstance(failure.error, DeadlinePassedError):  # the lane knows no Milvus
+            raise DeadlineError(str(failure.error))
         # Several callers may share the error of one request: each gets a copy of its own to raise.
         raise fresh(failure.error)
 

@@ -155,6 +155,12 @@ class OpenStore(MilvusVectorStore):
                 )
                 endpoint.connection.fetch_schema(collection_name, rpc_timeout_seconds)
         except BaseException:
+            # What upstream made before it failed would keep a file from being let go of.
+            made = getattr(self, "__pydantic_private__", None) or {}
+            if made.get("_async_milvusclient") is not None:
+                lite.belongs_to_store(made["_async_milvusclient"])
+            if made.get("_milvusclient") is not None:
+                made["_milvusclient"].close()
             endpoint.close()
             raise
         for name, value in own.items():

@@ -12,7 +12,7 @@ from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes.vectors import set_embedding
 from llama_index_milvus_async_ext._store.open_store import OpenStore
-from llama_index_milvus_async_ext._store.writing import Write
+from llama_index_milvus_async_ext._store.writing import PendingWrite, Write
 from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 
 
@@ -30,6 +30,22 @@ class Part:
         """Take another part in, to be written with this one."""
         self.nodes += other.nodes
         self.errors |= other.errors
+
+    def begin(self, store: OpenStore, connected: Connected) -> PendingWrite:
+        """Begin to write the part; the report is kept if that is interrupted."""
+        try:
+            return PendingWrite(store, connected, self.nodes)
+        except BaseException as interruption:
+            self.report = getattr(interruption, "report", None)
+            raise
+
+    def finish(self, written: PendingWrite) -> None:
+        """Wait for the report; it is kept if that is interrupted, too."""
+        try:
+            self.report = written.result()
+        except BaseException as interruption:
+            self.report = getattr(interruption, "report", None)
+            raise
 
     async def awrite(self, store: OpenStore, connected: Connected, port: Port) -> None:
         """Write the part; the report is kept if the call is interrupted, too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.schema import BaseNode
@@ -119,16 +120,19 @@ class Write:
         """Take the outcomes of what was submitted."""
         self._has_outcomes = True
         self._retries += submission.retries
+        places = self._places if self._places is not None else range(len(self._nodes))
         failed = submission.failed_indices()
-        if not failed and self._places is None:
+        if not failed and not self._failures:
             return
-        places = self._places
-        for index in range(len(submission.results)) if places is not None else ():
-            self._failures.pop(places[index] if places is not None else index, None)
+        earlier = {place: self._failures.pop(place) for place in places if place in self._failures}
         for index in failed:
             failure = submission.failure(index)
             assert failure is not None
-            self._failures[index if places is None else places[index]] = failure
+            before = earlier.get(places[index])
+            if before is not None:  # no refusal settles what an earlier request left open
+                attempts, ambiguous = before.attempts + failure.attempts, before.ambiguous or failure.ambiguous
+                failure = replace(failure, attempts=attempts, ambiguous=ambiguous)
+            self._failures[places[index]] = failure
 
     async def conclude(self) -> WriteReport:
         """Try once more what did not fit the schema, flush, and report."""
@@ -223,28 +227,36 @@ class PendingWrite:
     def __init__(self, store: OpenStore, connected: Connected, nodes: Sequence[BaseNode]) -> None:
         port = ThreadPort()
         self._write = Write(store, connected, port, nodes)
-        request = run(self._write.prepare())
-        self._voyage: Voyage | None = None if request is None else port.begin(request)
-        self._is_recorded = request is None
+        self._voyage: Voyage | None = None
+        try:
+            request = run(self._write.prepare())
+            if request is not None:
+                self._voyage = port.begin(request)
+        except BaseException as interruption:
+            self._write.interrupt(interruption)
+            raise
 
     def done(self) -> bool:
         """Whether the outcomes are there."""
         return self._voyage is None or self._voyage.has_arrived
 
     def result(self) -> WriteReport:
-        """Block until they are, and report them."""
-        if self._voyage is not None and not self._is_recorded:
-            submission, *_ = self._voyage.wait()
-            self._write.record(submission)
-            self._is_recorded = True
-        return run(self._write.conclude())
+        """Block until they are, and report them; what interrupts this carries the report."""
+        voyage, self._voyage = self._voyage, None
+        try:
+            if voyage is not None:
+                submission, *_ = voyage.wait()
+                self._write.record(submission)
+            return run(self._write.conclude())
+        except BaseException as interruption:
+            self._write.interrupt(interruption)
+            raise
 
     def cancel(self) -> WriteReport:
         """Give up on what has no outcome yet, and report."""
-        if self._voyage is not None and not self._is_recorded:
-            for submission in self._voyage.cancel():
-                self._write.record(submission)
-            self._is_recorded = True
+        voyage, self._voyage = self._voyage, None
+        for submission in voyage.cancel() if voyage is not None else ():
+            self._write.record(submission)
         return self._write.report()
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
+from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._store.parts import HandedOver, Part
 from llama_index_milvus_async_ext._store.writing import PendingWrite
 from llama_index_milvus_async_ext.report import WriteReport
@@ -101,13 +102,16 @@ class AsyncMilvusWriter(TransformComponent):
     @dispatcher.span
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Write nodes, blocking; see the class."""
-        started = time.perf_counter()
         connected = self.vector_store.live()
-        port = ThreadPort()
+        with connected.held(ThreadPort()):
+            return self._written(connected, nodes)
+
+    def _written(self, connected: Connected, nodes: Sequence[BaseNode]) -> Sequence[BaseNode]:
+        started = time.perf_counter()
         handed_over = HandedOver(self._least_nodes())
         pending: list[PendingWrite] = []
         try:
-            with connected.held(port), self._bar(nodes) as bar, self._taking_turns():
+            with self._bar(nodes) as bar, self._taking_turns():
                 for part in self._parts(nodes):
                     part.embed_with(self._embed)
                     ready = handed_over.ready_after(part, all(written.done() for written in reversed(pending)))
@@ -129,13 +133,16 @@ class AsyncMilvusWriter(TransformComponent):
 
         If the call is cancelled, `last_report` tells what became of the nodes that had been handed to the store.
         """
+        connected, port = self.vector_store.live(), LoopPort.current()
+        with connected.held(port):
+            return await self._awritten(connected, port, nodes)
+
+    async def _awritten(self, connected: Connected, port: LoopPort, nodes: Sequence[BaseNode]) -> Sequence[BaseNode]:
         started = time.perf_counter()
-        connected = self.vector_store.live()
-        port = LoopPort.current()
         handed_over = HandedOver(self._least_nodes())
         pending: list[asyncio.Task[None]] = []
         try:
-            with connected.held(port), self._bar(nodes) as bar:
+            with self._bar(nodes) as bar:
                 with self._taking_turns():
                     async with contextlib.aclosing(self._aembedded(self._parts(nodes))) as embedded:
                         async for part in embedded:

@@ -107,6 +107,11 @@ class Submission(Generic[R]):
         failed = sorted(self.failures)
         return failed if self.rest is None else [*failed, *range(self.entered, len(self.results))]
 
+    def unsettled_indices(self) -> list[int]:
+        """The places of all values without an outcome; from any thread."""
+        inside = [item.index for item in list(self.live)]
+        return inside if self.given_up else [*inside, *range(self.entered, len(self.results))]
+
 
 class Item(Generic[T]):
     """One value on its way."""

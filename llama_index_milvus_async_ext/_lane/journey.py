@@ -35,12 +35,13 @@ class Journey:
         arrived: Called once, in the I/O thread, when all outcomes are there.
     """
 
-    __slots__ = ("_arrived", "_missing", "_own_keys", "_requests", "error", "submissions")
+    __slots__ = ("_arrived", "_is_cancelled", "_missing", "_own_keys", "_requests", "error", "submissions")
 
     def __init__(self, requests: Sequence[Request], arrived: Callable[[], object]) -> None:
         self._requests = requests
         self._arrived = arrived
         self._missing = len(requests)
+        self._is_cancelled = False
         # Of many keys, the set is made here, on the caller's thread: the I/O thread has others to serve.
         self._own_keys = [
             frozenset(request.keys) if request.keys is not None and len(request.keys) > WINDOW else None
@@ -51,6 +52,8 @@ class Journey:
 
     def start(self) -> None:
         """Submit them; in the I/O thread."""
+        if self._is_cancelled:  # by a coroutine that was closed before what it had sent crossed over
+            return
         try:
             for (shell, lane, values, keys), own_keys in zip(self._requests, self._own_keys, strict=True):
                 found = lane if isinstance(lane, Lane) else lane()
@@ -64,6 +67,7 @@ class Journey:
 
     def cancel(self) -> None:
         """Give up on them; in the I/O thread."""
+        self._is_cancelled = True
         for request, submission in zip(self._requests, self.submissions, strict=False):
             request.shell.cancel(submission)
 

@@ -99,6 +99,11 @@ class Schema:
         return bool(self.described.get("enable_dynamic_field"))
 
     @property
+    def has_sparse(self) -> bool:
+        """Whether a row brings a sparse vector."""
+        return any(f["type"] == DataType.SPARSE_FLOAT_VECTOR for f in self.fields)
+
+    @property
     def names(self) -> set[str]:
         """Names of all fields, those that a function fills included."""
         return {f["name"] for f in self.described["fields"]}

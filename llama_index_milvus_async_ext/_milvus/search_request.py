@@ -166,9 +166,14 @@ def hits_of_pymilvus(found: SearchResult) -> list[Hits]:
     return [Hits(list(hits.ids), list(hits.distances), [hit["entity"] for hit in hits]) for hits in found]
 
 
+def _has(message: Any, name: str) -> bool:
+    """Whether a message has a field, which an older pymilvus may not know."""
+    return any(field.name == name for field, _ in message.ListFields())
+
+
 def _quick_columns(results: Any, wanted: Sequence[str]) -> tuple[dict[str, Sequence[str]], Sequence[bytes]] | None:
     """The columns of an answer that holds nothing but text and dynamic fields; None for any other."""
-    if "*" in wanted or results.HasField("element_indices") or results.highlight_results:
+    if "*" in wanted or any(_has(results, name) for name in ("element_indices", "highlight_results")):
         return None
     if not results.ids.HasField("str_id") and any(results.topks):
         return None

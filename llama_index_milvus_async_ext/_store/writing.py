@@ -69,6 +69,7 @@ class Write:
         self._places: list[int] | None = None  # of the nodes that are submitted; None for all
         self._failures: dict[int, Failure] = {}
         self._retries = 0
+        self._is_submitted = False
         self._has_outcomes = False
 
     async def run(self) -> WriteReport:
@@ -103,6 +104,7 @@ class Write:
                 failure = Failure(error, 0, classify(error).retryable, False)
                 self._fail_others(failure)
                 return None
+        self._is_submitted = True
         return self._request(self._schema)
 
     def _request(self, schema: Schema, upsert: bool | None = None) -> Request:
@@ -122,11 +124,19 @@ class Write:
         self._retries += submission.retries
         places = self._places if self._places is not None else range(len(self._nodes))
         failed = submission.failed_indices()
-        if not failed and not self._failures:
-            return
+        if submission.remaining:  # the interruption did not wait for the rest
+            lost = Failure(
+                CancelledCallError("the call was interrupted, and this did not come to an end"), 0, True, True
+            )
+            without = submission.unsettled_indices()
+            failed += without
+        else:
+            without = []
+            if not failed and not self._failures:
+                return
         earlier = {place: self._failures.pop(place) for place in places if place in self._failures}
         for index in failed:
-            failure = submission.failure(index)
+            failure = lost if index in without else submission.failure(index)
             assert failure is not None
             before = earlier.get(places[index])
             if before is not None:  # no refusal settles what an earlier request left open
@@ -170,12 +180,17 @@ class Write:
         for submission in getattr(interruption, "submissions", ()):
             if submission.lane.kind == "rows":
                 self.record(submission)
-        if not self._has_outcomes:
-            error = CancelledCallError("the call was interrupted before this was sent")
-            self._fail_others(Failure(error, 0, True, False))
+        self.settle_rest()
         if not isinstance(interruption, GeneratorExit):
             interruption.report = self.report()  # type: ignore[attr-defined]
             self._tell(interruption.report)  # type: ignore[attr-defined]
+
+    def settle_rest(self) -> None:
+        """Say of nodes without an outcome that they have none."""
+        if not self._has_outcomes:
+            when = "and its outcome is not known" if self._is_submitted else "before this was sent"
+            error = CancelledCallError(f"the call was interrupted, {when}")
+            self._fail_others(Failure(error, 0, True, self._is_submitted))
 
     def report(self) -> WriteReport:
         """What has become of each node."""
@@ -257,6 +272,7 @@ class PendingWrite:
         voyage, self._voyage = self._voyage, None
         for submission in voyage.cancel() if voyage is not None else ():
             self._write.record(submission)
+        self._write.settle_rest()
         return self._write.report()
 
 

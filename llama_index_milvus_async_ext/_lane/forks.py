@@ -41,7 +41,7 @@ class _Quiet:
     def before_fork(self) -> None:
         """Hold the I/O thread, and wait for what is out, but not for ever."""
         io = IoThread.running()
-        if io is None or io.is_current:
+        if io is None or io.ended or io.is_current:
             return
         with self._changed:
             self._forks += 1

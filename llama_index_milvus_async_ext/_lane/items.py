@@ -107,10 +107,12 @@ class Submission(Generic[R]):
         failed = sorted(self.failures)
         return failed if self.rest is None else [*failed, *range(self.entered, len(self.results))]
 
-    def unsettled_indices(self) -> list[int]:
-        """The places of all values without an outcome; from any thread."""
-        inside = [item.index for item in list(self.live)]
-        return inside if self.given_up else [*inside, *range(self.entered, len(self.results))]
+    def unsettled_indices(self) -> set[int]:
+        """The places of all values without an outcome; from any thread, and then perhaps some too many."""
+        # In this order: what enters or is settled between the looks is in one of them.
+        entered, is_over = self.entered, self.rest is not None
+        inside = {item.index for item in list(self.live)}
+        return inside if is_over else inside.union(range(entered, len(self.results)))
 
 
 class Item(Generic[T]):

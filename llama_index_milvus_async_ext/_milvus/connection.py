@@ -13,7 +13,7 @@ import grpc
 import orjson
 from pymilvus import AnnSearchRequest
 from pymilvus.client import ts_utils
-from pymilvus.exceptions import MilvusException
+from pymilvus.exceptions import ConnectError, MilvusException
 from pymilvus.grpc_gen import milvus_pb2
 
 from llama_index_milvus_async_ext._lane import forks
@@ -52,9 +52,10 @@ class Connection:
             try:
                 self.client = settings.client()
             except MilvusException:
-                if settings.served_at is None:
+                server = settings.living_server
+                if server is None:
                     raise
-                self.uri = f"http://{settings.served_at}"
+                self.uri = f"http://{server}"
                 self.client = settings.client(self.uri)
         self._schemas: dict[str, Schema] = {}
         self._is_closed = False
@@ -70,14 +71,15 @@ class Connection:
         """What the server says of its version; empty if it has no answer to that, or none for this user.
 
         Raises:
-            MilvusException: It did not answer. Not to be passed over: Milvus Lite has to be known as such.
+            ConnectError: It did not answer. Not to be passed over: Milvus Lite has to be known as such.
         """
         with silence_pymilvus():
             try:
                 return str(self.client.get_server_version(timeout=10))
-            except MilvusException as error:
-                if classify(RpcFailure.cause_of(error) or error).is_repeated:
-                    raise
+            except (MilvusException, grpc.RpcError) as error:
+                failure = RpcFailure.cause_of(error) or error
+                if classify(failure).is_repeated:
+                    raise ConnectError(code=2, message=f"{self.uri} does not say what it is: {failure}") from error
                 return ""
 
     async def in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -112,7 +114,11 @@ class Connection:
 
         quiet = forks.quiet
         quiet.began()
-        threading.Thread(target=call, name="milvus-call", daemon=True).start()
+        try:
+            threading.Thread(target=call, name="milvus-call", daemon=True).start()
+        except BaseException:  # no more threads to be had
+            quiet.ended()
+            raise
         return await answer
 
     async def schema(self, collection: str, timeout: float) -> Schema:

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pymilvus.exceptions import MilvusException
 
@@ -20,6 +20,7 @@ from llama_index_milvus_async_ext._lane.shell import Shell
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.errors import COLLECTION_NOT_LOADED, RpcFailure, SchemaChangedError, classify
+from llama_index_milvus_async_ext._milvus.limits import Limits, WriteTarget
 from llama_index_milvus_async_ext._milvus.opening import connect
 from llama_index_milvus_async_ext._milvus.quiet import log_retry
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
@@ -27,7 +28,7 @@ from llama_index_milvus_async_ext._milvus.search_request import Found, SearchGro
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from llama_index_milvus_async_ext._milvus.sharing import Sharing
 from llama_index_milvus_async_ext._milvus.write_lock import WriteLock
-from llama_index_milvus_async_ext.retry import RetryPolicy, Verdict
+from llama_index_milvus_async_ext.retry import Verdict
 
 T = TypeVar("T")
 
@@ -47,32 +48,9 @@ _LEAST_QUERIES = 250
 # A larger answer would cost the server its work and then be halved.
 _MAX_HITS = 10_000
 _LEAST_CAPACITY = 64
+_LEAST_SECONDS = 0.05  # for a request after a long wait for the right to write
 
 Call = Callable[["Endpoint", float], Awaitable[T]]
-
-
-# Named tuples, as one of each is made and hashed for each call: a frozen dataclass takes five times as long.
-class Limits(NamedTuple):
-    """The bounds that a store sets on its requests; see `AsyncMilvusVectorStore` for each."""
-
-    max_concurrency: int
-    batch_size: int
-    max_batch_bytes: int
-    max_batch_queries: int
-    rpc_timeout_seconds: float
-    retry: RetryPolicy
-
-
-class WriteTarget(NamedTuple):
-    """Where rows go, and which columns their parts have."""
-
-    collection: str
-    partition: str
-    upsert: bool
-    text_key: str
-    doc_id_field: str
-    embedding_field: str | None
-    sparse_field: str | None
 
 
 class Endpoint:
@@ -160,8 +138,15 @@ class Endpoint:
             with self._lock:
                 lane = self._write_lanes.get(key)
                 if lane is None:
+                    self._forget_former(target, schema)
                     lane = self._write_lanes[key] = self._new_write_lane(target, schema, limits, make_encoder())
         return lane
+
+    def _forget_former(self, target: WriteTarget, schema: Schema) -> None:
+        """Let go of the lanes of schemas that the collection has no longer."""
+        for key in list(self._write_lanes):
+            if key[0].collection == target.collection and key[1] is not schema and self._write_lanes[key].idle:
+                del self._write_lanes[key]
 
     def _new_write_lane(
         self, target: WriteTarget, schema: Schema, limits: Limits, encode: Callable[[Any], tuple[Row, int]]
@@ -169,11 +154,12 @@ class Endpoint:
         collection = target.collection
 
         async def send(rows: list[Row], upsert: bool, timeout: float) -> list[None]:
-            count = len(rows)
+            count, until = len(rows), time.monotonic() + timeout
             async with self.writing(collection, timeout):
+                left = max(until - time.monotonic(), _LEAST_SECONDS)
                 try:
                     await self.connection.write(
-                        collection, target.partition, schema, rows, upsert or target.upsert, timeout
+                        collection, target.partition, schema, rows, upsert or target.upsert, left
                     )
                 except MilvusException as failure:
                     await self._check_schema(collection, schema, failure, timeout)
@@ -182,7 +168,7 @@ class Endpoint:
 
         in_flight = min(limits.max_concurrency, max(_MOST_ROWS_UNDER_WAY // limits.batch_size, 1))
         capacity = max(limits.batch_size * (in_flight + 2), _LEAST_CAPACITY)
-        entrance = self._shared.entrance(self.connection.db_name, collection, capacity, not target.upsert)
+        entrance = self._shared.entrance(self.connection.db_name or "default", collection, capacity, not target.upsert)
         return Lane(
             kind="rows",
             prepare=encode,
@@ -234,8 +220,10 @@ class Endpoint:
         """
 
         async def send(calls: list[Call[Any]], _upsert: bool, timeout: float) -> list[Any]:
+            until = time.monotonic() + timeout
             async with self.writing(changes, timeout) if changes else contextlib.nullcontext():
-                return [await call(self, timeout) for call in calls]
+                left = max(until - time.monotonic(), _LEAST_SECONDS)
+                return [await call(self, left) for call in calls]
 
         def make() -> Lane[Any, Any]:
             return Lane(

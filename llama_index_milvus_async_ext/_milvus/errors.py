@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import struct
 from typing import Any
 
 import grpc
@@ -194,8 +195,8 @@ def classify(error: BaseException) -> Verdict:
         return verdict
     if isinstance(error, grpc.RpcError):
         return classify(RpcFailure.from_grpc(error))
-    if isinstance(error, (ValueError, TypeError, KeyError)):
-        return Verdict.BAD_DATA
+    if isinstance(error, (ValueError, TypeError, KeyError, ArithmeticError, struct.error)):
+        return Verdict.BAD_DATA  # of a request that could not be built
     return Verdict.UNEXPECTED
 
 

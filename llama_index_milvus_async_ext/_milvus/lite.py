@@ -21,6 +21,7 @@ try:
 except ImportError:  # not on Windows, where Milvus Lite does not lock its folder either
     fcntl = None  # type: ignore[assignment]
 
+IN_USE = "another process holds it"
 _SQLITE = b"SQLite format 3\0"
 _COPY_OVER = (
     "it was written by Milvus Lite 2, which kept a database in one file, and Milvus Lite 3 makes a folder. To copy its "
@@ -111,7 +112,7 @@ def explain_unopened(path: str) -> str | None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return (
-            "another process holds it, as Milvus Lite serves a file to one; close it there, or start "
+            f"{IN_USE}, as Milvus Lite serves a file to one; close it there, or start "
             "`milvus-lite server` on the folder and give all processes its http:// address"
         )
     except FileNotFoundError:

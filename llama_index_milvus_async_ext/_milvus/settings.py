@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import SplitResult, urlsplit, urlunsplit
@@ -23,8 +24,8 @@ class ConnectionSettings:
             into the token.
         token: API key, or "user:password".
         options: Further arguments of `MilvusClient`.
-        served_at: For a Milvus Lite file, the address at which another process serves it, for when it can't be
-            opened here.
+        served_at: For a Milvus Lite file, the address at which another process serves it, and that process's number,
+            for when it can't be opened here: "127.0.0.1:1234#5678".
     """
 
     def __init__(
@@ -64,6 +65,18 @@ class ConnectionSettings:
     def is_file(self) -> bool:
         """Whether this is a Milvus Lite file, served within a process."""
         return self.uri.endswith(".db")
+
+    @property
+    def living_server(self) -> str | None:
+        """Where another process that still lives serves the file; None if there is none, or the file is not in use."""
+        address, _, pid = (self.served_at or "").partition("#")
+        if not pid or lite.IN_USE not in (lite.explain_unopened(self.uri) or ""):
+            return None
+        try:
+            os.kill(int(pid), 0)
+        except OSError:
+            return None
+        return address
 
     @property
     def client_options(self) -> dict[str, Any]:

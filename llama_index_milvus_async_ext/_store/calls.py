@@ -76,7 +76,7 @@ def delete(collection: str, expression: str, partition: str | None, options: dic
             filter=expression,
             partition_name=partition,
             timeout=timeout,
-            **options,
+            **{"retry_on_rate_limit": False, **options},
         )
 
     return run
@@ -93,6 +93,7 @@ def query(collection: str, expression: str, partitions: Sequence[str] | None) ->
                 filter=expression,
                 partition_names=partitions,
                 timeout=timeout,
+                retry_on_rate_limit=False,
             )
         return list(found)
 

@@ -18,7 +18,8 @@ from typing_extensions import Self
 from llama_index_milvus_async_ext._lane.lanes import Lane
 from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus import lite
-from llama_index_milvus_async_ext._milvus.endpoint import Endpoint, Limits, WriteTarget
+from llama_index_milvus_async_ext._milvus.endpoint import Endpoint
+from llama_index_milvus_async_ext._milvus.limits import Limits, WriteTarget
 from llama_index_milvus_async_ext._milvus.quiet import silence_pymilvus
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.session import Connected, close_with
@@ -257,7 +258,11 @@ class OpenStore(MilvusVectorStore):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # pydantic's way would drop what does not pickle, connect elsewhere and apply `overwrite` again.
-        served_at = self.live().endpoint.connection.address if self._settings.is_file else None
+        endpoint = self.live().endpoint
+        served_at = None
+        if self._settings.is_file:  # in the child of a child, by the process that holds the file
+            is_here = endpoint.uri == self._settings.uri
+            served_at = f"{endpoint.connection.address}#{os.getpid()}" if is_here else self._settings.served_at
         arguments = arguments_of(self) | self.limits._asdict() | {"served_at": served_at}
         connection = (self._settings.uri, self._settings.token, self._settings.options)
         return (_rebuilt, (type(self), connection, arguments))

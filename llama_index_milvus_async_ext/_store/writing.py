@@ -69,7 +69,7 @@ class Write:
         self._places: list[int] | None = None  # of the nodes that are submitted; None for all
         self._failures: dict[int, Failure] = {}
         self._retries = 0
-        self._is_submitted = False
+        self._open_places: Sequence[int] = ()  # of what has been submitted, and has no outcome yet
         self._has_outcomes = False
 
     async def run(self) -> WriteReport:
@@ -104,7 +104,6 @@ class Write:
                 failure = Failure(error, 0, classify(error).retryable, False)
                 self._fail_others(failure)
                 return None
-        self._is_submitted = True
         return self._request(self._schema)
 
     def _request(self, schema: Schema, upsert: bool | None = None) -> Request:
@@ -116,28 +115,22 @@ class Write:
         keys = self._keys
         if self._places is not None:
             values, keys = [values[place] for place in self._places], [keys[place] for place in self._places]
+        self._open_places = self._places if self._places is not None else range(len(self._nodes))
+        self._has_outcomes = True
         return Request(endpoint.shell, lane, values, keys)
 
     def record(self, submission: Submission[Any]) -> None:
         """Take the outcomes of what was submitted."""
+        without = submission.unsettled_indices() if submission.remaining else set()  # an interruption may not wait
+        failed = sorted(without.union(submission.failed_indices()))
+        places, self._open_places = self._open_places, ()
         self._has_outcomes = True
         self._retries += submission.retries
-        places = self._places if self._places is not None else range(len(self._nodes))
-        failed = submission.failed_indices()
-        if submission.remaining:  # the interruption did not wait for the rest
-            lost = Failure(
-                CancelledCallError("the call was interrupted, and this did not come to an end"), 0, True, True
-            )
-            without = submission.unsettled_indices()
-            failed += without
-        else:
-            without = []
-            if not failed and not self._failures:
-                return
+        if not failed and not self._failures:
+            return
         earlier = {place: self._failures.pop(place) for place in places if place in self._failures}
         for index in failed:
-            failure = lost if index in without else submission.failure(index)
-            assert failure is not None
+            failure = submission.failure(index) or _lost()
             before = earlier.get(places[index])
             if before is not None:  # no refusal settles what an earlier request left open
                 attempts, ambiguous = before.attempts + failure.attempts, before.ambiguous or failure.ambiguous
@@ -186,11 +179,13 @@ class Write:
             self._tell(interruption.report)  # type: ignore[attr-defined]
 
     def settle_rest(self) -> None:
-        """Say of nodes without an outcome that they have none."""
+        """Say of nodes whose outcome did not come that it is not known, and of the others that they were not sent."""
+        for place in self._open_places:
+            self._failures[place] = _lost()
+        self._open_places = ()
         if not self._has_outcomes:
-            when = "and its outcome is not known" if self._is_submitted else "before this was sent"
-            error = CancelledCallError(f"the call was interrupted, {when}")
-            self._fail_others(Failure(error, 0, True, self._is_submitted))
+            error = CancelledCallError("the call was interrupted before this was sent")
+            self._fail_others(Failure(error, 0, True, False))
 
     def report(self) -> WriteReport:
         """What has become of each node."""
@@ -274,6 +269,10 @@ class PendingWrite:
             self._write.record(submission)
         self._write.settle_rest()
         return self._write.report()
+
+
+def _lost() -> Failure:
+    return Failure(CancelledCallError("the call was interrupted, and its outcome is not known"), 0, True, True)
 
 
 def _is_refused(failure: Failure) -> bool:

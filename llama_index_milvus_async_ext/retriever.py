@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -24,6 +24,8 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
 from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
+
+T = TypeVar("T")
 
 _MODES_BY_TEXT = (VectorStoreQueryMode.SPARSE, VectorStoreQueryMode.TEXT_SEARCH)
 _CONCURRENT_EMBEDDINGS = 8
@@ -127,8 +129,8 @@ class AsyncMilvusRetriever(BaseRetriever):
             async with at_once:
                 return await self._aembedded(bundle)
 
-        bundles = await asyncio.gather(*map(embedded, queries))
-        return list(await asyncio.gather(*map(self.aretrieve, bundles)))
+        bundles = _all_or_first_error(await asyncio.gather(*map(embedded, queries), return_exceptions=True))
+        return _all_or_first_error(await asyncio.gather(*map(self.aretrieve, bundles), return_exceptions=True))
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         with self._vector_store.live().held(ThreadPort()):
@@ -187,3 +189,13 @@ def _scored(result: VectorStoreQueryResult) -> list[NodeWithScore]:
         NodeWithScore(node=node, score=score)
         for node, score in zip(result.nodes or [], result.similarities or [], strict=True)
     ]
+
+
+def _all_or_first_error(outcomes: Sequence[T | BaseException]) -> list[T]:
+    """The outcomes, if none of them is an error; else the first one, once all others have ended, too."""
+    results: list[T] = []
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        results.append(outcome)
+    return results

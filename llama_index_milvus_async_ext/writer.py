@@ -19,13 +19,14 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index_instrumentation import get_dispatcher
 from tqdm import tqdm
 
+from llama_index_milvus_async_ext._lane.items import CancelledCallError
 from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._store.parts import HandedOver, Part
 from llama_index_milvus_async_ext._store.writing import PendingWrite
-from llama_index_milvus_async_ext.report import WriteReport
+from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
 
 dispatcher = get_dispatcher(__name__)
@@ -123,7 +124,7 @@ class AsyncMilvusWriter(TransformComponent):
         except BaseException as interruption:
             for written, ready in zip(pending, handed_over.parts, strict=False):
                 ready.report = ready.report or written.cancel()
-            interruption.report = self._note(handed_over.parts, started)  # type: ignore[attr-defined]
+            interruption.report = self._note_interrupted(nodes, handed_over.parts, started)  # type: ignore[attr-defined]
             raise
         return self._finish(nodes, handed_over.parts, started)
 
@@ -131,7 +132,7 @@ class AsyncMilvusWriter(TransformComponent):
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Write nodes; see the class.
 
-        If the call is cancelled, `last_report` tells what became of the nodes that had been handed to the store.
+        If the call is cancelled, `last_report` tells what became of each node.
         """
         connected, port = self.vector_store.live(), LoopPort.current()
         with connected.held(port):
@@ -157,7 +158,7 @@ class AsyncMilvusWriter(TransformComponent):
             for task in pending:
                 task.cancel()
             await _all_ended(pending)
-            interruption.report = self._note(handed_over.parts, started)  # type: ignore[attr-defined]
+            interruption.report = self._note_interrupted(nodes, handed_over.parts, started)  # type: ignore[attr-defined]
             raise
         return self._finish(nodes, handed_over.parts, started)
 
@@ -187,6 +188,15 @@ class AsyncMilvusWriter(TransformComponent):
         known = [part.explained() for part in parts if part.report is not None]
         self._last_report = WriteReport.merged(known, time.perf_counter() - started)
         return self._last_report
+
+    def _note_interrupted(self, nodes: Sequence[BaseNode], parts: Sequence[Part], started: float) -> WriteReport:
+        """What is known of the parts; what was not handed to the store was not written."""
+        known = [part for part in parts if part.report is not None]
+        report = self._note(known, started)
+        error = CancelledCallError("the call was interrupted before this was sent")
+        rest = nodes[sum(len(part.nodes) for part in known) :]
+        report.failed.extend(FailedNode(node, error, 0, True) for node in rest)
+        return report
 
     def _finish(self, nodes: Sequence[BaseNode], parts: Sequence[Part], started: float) -> Sequence[BaseNode]:
         report = self._note(parts, started)

@@ -121,13 +121,6 @@ class Connection:
             raise
         return await answer
 
-    async def schema(self, collection: str, timeout: float) -> Schema:
-        """The collection's schema, asked for once."""
-        known = self._schemas.get(collection)
-        if known is None:
-            known = await self.in_thread(self.fetch_schema, collection, timeout)
-        return known
-
     def known_schema(self, collection: str) -> Schema | None:
         """The collection's schema, if it has been asked for."""
         return self._schemas.get(collection)

@@ -61,12 +61,19 @@ def release(path: str) -> None:
     if entry is None or isinstance(entry[0], _Inherited):
         return
     address = f"127.0.0.1:{entry[2]}"
+    _served_before.add(path)
     if not _is_in_use(address):
         _server_manager().release_server(path)
         with contextlib.suppress(OSError):  # somebody else's, or gone
             os.unlink(lock_path(address))
 
 
+def was_served_here(path: str) -> bool:
+    """Whether this process has served a file before, and so may just be letting go of it."""
+    return path in _served_before or path in _servers()
+
+
+_served_before: set[str] = set()
 _of_stores: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -90,8 +97,9 @@ def _is_in_use(address: str) -> bool:
     kinds = (MilvusClient, AsyncMilvusClient)
     for client in gc.get_objects():
         if issubclass(type(client), kinds) and client not in _of_stores:
-            is_closed = client._closed if isinstance(client, AsyncMilvusClient) else client._handler is None
-            if not is_closed and client._config.address == address:
+            is_open = not getattr(client, "_closed", False) if isinstance(client, AsyncMilvusClient) else False
+            is_open = is_open or getattr(client, "_handler", None) is not None
+            if is_open and getattr(getattr(client, "_config", None), "address", None) == address:
                 return True
     return False
 

@@ -13,8 +13,8 @@ from llama_index_milvus_async_ext._milvus.connection import Connection
 from llama_index_milvus_async_ext._milvus.errors import RpcFailure
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 
-_ATTEMPTS_OF_A_CHILD = 3
-_PAUSE_SECONDS = 0.1
+_ATTEMPTS = 6
+_PAUSE_SECONDS = 0.2
 
 
 def connect(settings: ConnectionSettings) -> Connection:
@@ -23,11 +23,13 @@ def connect(settings: ConnectionSettings) -> Connection:
     Raises:
         ConnectError: The server can't be reached, refuses the token, or the file is in use.
     """
-    # In a forked child gRPC may have to find out first that the parent's connections are not its own.
+    # In a forked child gRPC may have to find out first that the parent's connections are not its own; and a file may
+    # just be let go of by this very process, for a plain store of its.
+    is_worth_another = lite.is_forked() or (settings.is_file and lite.was_served_here(settings.uri))
     attempts = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(_ATTEMPTS_OF_A_CHILD if lite.is_forked() else 1),
+        stop=tenacity.stop_after_attempt(_ATTEMPTS if is_worth_another else 1),
         wait=tenacity.wait_fixed(_PAUSE_SECONDS),
-        retry=tenacity.retry_if_exception(_is_unavailable),
+        retry=tenacity.retry_if_exception(_is_unavailable) | tenacity.retry_if_exception(lambda _: settings.is_file),
         reraise=True,
     )
     try:

@@ -73,14 +73,17 @@ class Sharing(Generic[E]):
                 except BaseException as error:
                     with self._lock:
                         del self._open[settings]
-                    opening.set_exception(error)
+                    if isinstance(error, Exception):
+                        opening.set_exception(error)
+                    else:  # Ctrl-C is this thread's own: the others try themselves
+                        opening.set_result(None)
                     raise
             endpoint = opening.result()
             with self._lock:
                 if endpoint is not None and self._open.get(settings) is opening:
                     self._users[settings] = self._users.get(settings, 0) + 1
                     return endpoint
-            # It has been closed meanwhile: open it anew.
+            # It has been closed meanwhile, or its opening was interrupted: open it anew.
 
     def leave(self, settings: Any, close: Callable[[], object]) -> None:
         """Give up one use of an endpoint; the last one closes it, and who wants to join meanwhile waits for that."""

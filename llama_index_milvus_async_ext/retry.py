@@ -74,7 +74,10 @@ class RetryPolicy:
         if stop(state):
             return None
         if self.wait is not None:
-            return max(float(self.wait(attempts.state(attempts.made))), 0.0)
+            pause = float(self.wait(attempts.state(attempts.made)))
+            if math.isnan(pause):
+                raise ValueError(f"{self.wait!r} returned NaN")
+            return max(pause, 0.0)
         if overloaded:
             return float(tenacity.wait_random(0, self.max_backoff_seconds * _OVERLOAD_PAUSE_SHARE)(state))
         by_number = attempts.state(max(attempts.counted, 1))

@@ -48,7 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def lite_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The `.db` path of a Milvus Lite in the tests' own process."""
     uri = str(tmp_path_factory.mktemp("lite") / "shared.db")
-    user = MilvusClient(uri)  # else it would be let go of with each test's last store, and have another address then
+    # Without one, the file would be let go of with each test's last store, and have another address then. Its pings
+    # would be too many for Lite, which closes the connection: for all clients that share it.
+    user = MilvusClient(uri, grpc_options={"grpc.keepalive_time_ms": 600_000})
     yield uri
     user.close()
 

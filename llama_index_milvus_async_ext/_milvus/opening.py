@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import queue
+import threading
 
 import grpc
 import tenacity
@@ -33,10 +34,38 @@ def connect(settings: ConnectionSettings) -> Connection:
         reraise=True,
     )
     try:
-        with lite.files if settings.is_file else contextlib.nullcontext():
-            return attempts(Connection, settings)
+        return _on_another_thread(settings, attempts) if settings.is_file else attempts(Connection, settings)
     except (MilvusException, grpc.RpcError, OSError) as error:
         raise ConnectError(code=2, message=_explanation(settings, error)) from error
+
+
+def _on_another_thread(settings: ConnectionSettings, attempts: tenacity.Retrying) -> Connection:
+    """Connect to a file, where no Ctrl-C comes in between: half opened, Milvus Lite would hold it for ever."""
+    outcome: queue.SimpleQueue[Connection | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            with lite.files:
+                outcome.put(attempts(Connection, settings))
+        except BaseException as error:
+            outcome.put(error)
+
+    def give_up() -> None:
+        connected = outcome.get()
+        if isinstance(connected, Connection):
+            with lite.files:
+                connected.close()
+                lite.release(settings.uri)
+
+    threading.Thread(target=work, name="milvus-open", daemon=True).start()
+    try:
+        connected = outcome.get()
+    except BaseException:
+        threading.Thread(target=give_up, name="milvus-close", daemon=True).start()
+        raise
+    if isinstance(connected, Connection):
+        return connected
+    raise connected
 
 
 def _is_unavailable(error: BaseException) -> bool:

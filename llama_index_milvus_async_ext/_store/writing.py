@@ -180,8 +180,7 @@ class Write:
 
     def settle_rest(self) -> None:
         """Say of nodes whose outcome did not come that it is not known, and of the others that they were not sent."""
-        for place in self._open_places:
-            self._failures[place] = _lost()
+        self._failures |= dict.fromkeys(self._open_places, _lost())
         self._open_places = ()
         if not self._has_outcomes:
             error = CancelledCallError("the call was interrupted before this was sent")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import grpc
 import tenacity
+from pymilvus import MilvusClient
 from pymilvus.exceptions import ConnectError, MilvusException
 
 from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.connection import Connection
 from llama_index_milvus_async_ext._milvus.errors import RpcFailure
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
+
+T = TypeVar("T")
 
 _ATTEMPTS = 6
 _PAUSE_SECONDS = 0.2
@@ -24,29 +30,42 @@ def connect(settings: ConnectionSettings) -> Connection:
     Raises:
         ConnectError: The server can't be reached, refuses the token, or the file is in use.
     """
+    attempt = functools.partial(_attempts(settings), Connection, settings)
+    return _explained(settings, lambda: _on_another_thread(settings, attempt) if settings.is_file else attempt())
+
+
+def another_client(settings: ConnectionSettings, uri: str) -> MilvusClient:
+    """A client of pymilvus's at an address that has been connected to before; raises as `connect`."""
+    return _explained(settings, lambda: _attempts(settings)(settings.client, uri))
+
+
+def _attempts(settings: ConnectionSettings) -> tenacity.Retrying:
     # In a forked child gRPC may have to find out first that the parent's connections are not its own; and a file may
     # just be let go of by this very process, for a plain store of its.
     is_worth_another = lite.is_forked() or (settings.is_file and lite.was_served_here(settings.uri))
-    attempts = tenacity.Retrying(
+    return tenacity.Retrying(
         stop=tenacity.stop_after_attempt(_ATTEMPTS if is_worth_another else 1),
         wait=tenacity.wait_fixed(_PAUSE_SECONDS),
-        retry=tenacity.retry_if_exception(_is_unavailable) | tenacity.retry_if_exception(lambda _: settings.is_file),
+        retry=tenacity.retry_if_exception(lambda error: settings.is_file or _is_unavailable(error)),
         reraise=True,
     )
+
+
+def _explained(settings: ConnectionSettings, connect: Callable[[], T]) -> T:
     try:
-        return _on_another_thread(settings, attempts) if settings.is_file else attempts(Connection, settings)
+        return connect()
     except (MilvusException, grpc.RpcError, OSError) as error:
         raise ConnectError(code=2, message=_explanation(settings, error)) from error
 
 
-def _on_another_thread(settings: ConnectionSettings, attempts: tenacity.Retrying) -> Connection:
+def _on_another_thread(settings: ConnectionSettings, connect: Callable[[], Connection]) -> Connection:
     """Connect to a file, where no Ctrl-C comes in between: half opened, Milvus Lite would hold it for ever."""
     outcome: queue.SimpleQueue[Connection | BaseException] = queue.SimpleQueue()
 
     def work() -> None:
         try:
             with lite.files:
-                outcome.put(attempts(Connection, settings))
+                outcome.put(connect())
         except BaseException as error:
             outcome.put(error)
 

@@ -16,6 +16,7 @@ from llama_index_milvus_async_ext._lane.port import LoopPort, Port
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.endpoint import Endpoint
+from llama_index_milvus_async_ext._milvus.opening import another_client
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 
 _LOOK_AGAIN_SECONDS = 0.1  # nobody tells when an event loop stops
@@ -46,10 +47,14 @@ class Connected:
     def anew(cls, settings: ConnectionSettings, use_async_client: bool) -> Connected:
         """Connect in this process."""
         endpoint = Endpoint.open(settings)
-        async_client = None
-        if use_async_client:
-            async_client = AsyncMilvusClient(uri=endpoint.uri, token=settings.token, **settings.client_options)
-        return cls(endpoint, settings.client(endpoint.uri), async_client)
+        try:
+            async_client = None
+            if use_async_client:
+                async_client = AsyncMilvusClient(uri=endpoint.uri, token=settings.token, **settings.client_options)
+            return cls(endpoint, another_client(settings, endpoint.uri), async_client)
+        except BaseException:
+            endpoint.close()
+            raise
 
     def begin(self, port: Port) -> None:
         """Begin a call.

@@ -251,11 +251,8 @@ class OpenStore(MilvusVectorStore):
         await self.aclose()
 
     def statistics(self) -> StoreStatistics:
-        """What has gone to the endpoint so far, and what is on its way; also once the store is closed."""
-        connected = self._connected
-        assert connected is not None, "set at the end of __init__"
-        connected = connected if connected.closed else self.live()
-        return StoreStatistics.of(connected.endpoint.shell.core)
+        """What has gone to the endpoint so far, and what is on its way."""
+        return StoreStatistics.of(self.live().endpoint.shell.core)
 
     # --- copies
 

@@ -69,20 +69,21 @@ class RetryPolicy:
     def next_pause(self, attempts: Attempts) -> float | None:
         """Seconds to wait before the next attempt; None if there is to be none."""
         overloaded = attempts.verdict is Verdict.OVERLOAD
-        state = attempts.state(attempts.made if self.stop is not None else max(attempts.counted, 1))
-        stop = self.stop or (tenacity.stop_never if overloaded else tenacity.stop_after_attempt(self.max_attempts))
-        if stop(state):
+        counted, made = attempts.state(max(attempts.counted, 1)), attempts.state(attempts.made)
+        if self.stop is not None:
+            if self.stop(made):
+                return None
+        elif not overloaded and tenacity.stop_after_attempt(self.max_attempts)(counted):
             return None
         if self.wait is not None:
-            pause = float(self.wait(attempts.state(attempts.made)))
+            pause = float(self.wait(made))
             if math.isnan(pause):
                 raise ValueError(f"{self.wait!r} returned NaN")
             return max(pause, 0.0)
         if overloaded:
-            return float(tenacity.wait_random(0, self.max_backoff_seconds * _OVERLOAD_PAUSE_SHARE)(state))
-        by_number = attempts.state(max(attempts.counted, 1))
+            return float(tenacity.wait_random(0, self.max_backoff_seconds * _OVERLOAD_PAUSE_SHARE)(counted))
         wait = tenacity.wait_random_exponential(multiplier=self.initial_backoff_seconds, max=self.max_backoff_seconds)
-        return float(wait(by_number))
+        return float(wait(counted))
 
 
 class Verdict(enum.Enum):

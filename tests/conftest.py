@@ -92,6 +92,13 @@ def fault_proxy(backend: Backend) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture
+def proxy(lite_uri: str) -> Iterator[FaultProxy]:
+    """A fault proxy before the tests' Lite, of each test's own: and so an endpoint of which nothing is taken yet."""
+    with FaultProxy(lite_address(lite_uri)) as proxy:
+        yield proxy
+
+
+@pytest.fixture
 def collection_name(request: pytest.FixtureRequest) -> Iterator[str]:
     """A name that no other test has; what is there under it afterwards, on the test's Milvus, is dropped."""
     uris = [

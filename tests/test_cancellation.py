@@ -20,7 +20,7 @@ from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 from pymilvus import MilvusClient
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy, WriteReport
-from tests.conftest import MakeNodes, lite_address
+from tests.conftest import MakeNodes
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
 from tests.faults import Drop, Exchange, Fault, MilvusError, Nth, Refuse
@@ -47,13 +47,6 @@ class Held:
 
     def let_go(self) -> None:
         self._is_free.set()
-
-
-@pytest.fixture
-def proxy(lite_uri: str) -> Iterator[FaultProxy]:
-    """A proxy for each test, and so an endpoint of which nothing is taken yet."""
-    with FaultProxy(lite_address(lite_uri)) as proxy:
-        yield proxy
 
 
 @pytest.fixture(scope="module")

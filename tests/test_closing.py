@@ -31,12 +31,6 @@ DIM = 8
 WRITES = ("Insert", "Upsert")
 
 
-@pytest.fixture
-def proxy(lite_uri: str) -> Iterator[FaultProxy]:
-    with FaultProxy(lite_address(lite_uri)) as proxy:
-        yield proxy
-
-
 @pytest.fixture(scope="module")
 def collection_name(lite_uri: str) -> Iterator[str]:
     """One collection for all tests here, which tell their rows apart by prefix."""

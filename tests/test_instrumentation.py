@@ -22,7 +22,7 @@ from pymilvus import MilvusClient
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy, WriteReport
 from llama_index_milvus_async_ext.events import MilvusWriteEvent
-from tests.conftest import MakeNodes, lite_address
+from tests.conftest import MakeNodes
 from tests.fault_proxy import FaultProxy
 from tests.faults import Fault, MilvusError, Refuse, collection_not_found
 
@@ -30,12 +30,6 @@ DIM = 8
 WRITES = ("Insert", "Upsert")
 QUICK = RetryPolicy(max_attempts=3, initial_backoff_seconds=0.01, max_backoff_seconds=0.01, deadline_seconds=20)
 Listen = Callable[[Callable[[MilvusWriteEvent], None]], None]
-
-
-@pytest.fixture
-def proxy(lite_uri: str) -> Iterator[FaultProxy]:
-    with FaultProxy(lite_address(lite_uri)) as proxy:
-        yield proxy
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 from pymilvus import MilvusClient, MilvusException
 
 from tests.fault_proxy import FaultProxy
+from tests.faults import Held
 from tests.servers import MilvusServer
 
 # A splitter that is unpickled in a worker process loads its tokenizer anew, and from the network unless this names the
@@ -96,6 +97,14 @@ def proxy(lite_uri: str) -> Iterator[FaultProxy]:
     """A fault proxy before the tests' Lite, of each test's own: and so an endpoint of which nothing is taken yet."""
     with FaultProxy(lite_address(lite_uri)) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def held() -> Iterator[Held]:
+    """A fault that holds requests up until the test's end, or until they are let go."""
+    held = Held()
+    yield held
+    held.let_go()
 
 
 @pytest.fixture

@@ -208,3 +208,19 @@ def row_count(request: Any) -> int | None:
     if "requests" in request.DESCRIPTOR.fields_by_name and request.requests:  # a hybrid search
         return row_count(request.requests[0])
     return None
+
+
+class Held:
+    """A fault: the request reaches Milvus, or meets another fault, once `let_go` is called."""
+
+    def __init__(self, then: Fault | None = None) -> None:
+        self._then = then
+        self._is_free = threading.Event()
+
+    def __call__(self, exchange: Exchange) -> bytes:
+        self._is_free.wait(60)
+        return exchange.forward() if self._then is None else self._then(exchange)
+
+    def let_go(self) -> None:
+        """Let requests go on, those to come too."""
+        self._is_free.set()

@@ -8,7 +8,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -23,7 +22,7 @@ from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWrit
 from tests.conftest import MakeNodes
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
-from tests.faults import Drop, Exchange, Fault, MilvusError, Nth, Refuse
+from tests.faults import Drop, Held, MilvusError, Nth, Refuse
 from tests.waiting import until
 
 DIM = 8
@@ -34,21 +33,6 @@ HAS_TASK_GROUPS = sys.version_info >= (3, 11)
 Ask = Callable[[], Awaitable[Any]]
 
 
-class Held:
-    """A fault: the request reaches Milvus, or meets another fault, once `let_go` is called."""
-
-    def __init__(self, then: Fault | None = None) -> None:
-        self._then = then
-        self._is_free = threading.Event()
-
-    def __call__(self, exchange: Exchange) -> bytes:
-        self._is_free.wait(60)
-        return exchange.forward() if self._then is None else self._then(exchange)
-
-    def let_go(self) -> None:
-        self._is_free.set()
-
-
 @pytest.fixture(scope="module")
 def collection_name(lite_uri: str) -> Iterator[str]:
     """One collection for all tests here, which tell their rows apart by prefix."""
@@ -56,13 +40,6 @@ def collection_name(lite_uri: str) -> Iterator[str]:
     yield name
     with contextlib.closing(MilvusClient(lite_uri)) as client:
         client.drop_collection(name)
-
-
-@pytest.fixture
-def held() -> Iterator[Held]:
-    held = Held()
-    yield held
-    held.let_go()
 
 
 @pytest.fixture

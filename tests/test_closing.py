@@ -23,8 +23,7 @@ from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWrit
 from tests.conftest import MakeNodes, lite_address
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
-from tests.faults import Nth
-from tests.test_cancellation import Held
+from tests.faults import Held, Nth
 from tests.waiting import until
 
 DIM = 8
@@ -38,13 +37,6 @@ def collection_name(lite_uri: str) -> Iterator[str]:
     yield name
     with contextlib.closing(MilvusClient(lite_uri)) as client:
         client.drop_collection(name)
-
-
-@pytest.fixture
-def held() -> Iterator[Held]:
-    held = Held()
-    yield held
-    held.let_go()
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
-import subprocess
 import sys
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
@@ -19,6 +19,7 @@ from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 from pymilvus import MilvusClient
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy, WriteReport
+from tests import programs
 from tests.conftest import MakeNodes
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
@@ -349,16 +350,13 @@ except KeyboardInterrupt as error:
 async def test_ctrl_c_leaves_the_report(proxy: FaultProxy, make_store: Any, held: Held, call: str) -> None:
     store, prefix = make_store(), uuid.uuid4().hex
     proxy.script(held, method=WRITES, on=Nth(2))
-    command = [sys.executable, "-c", INTERRUPTED, proxy.uri, store.collection_name, prefix, call]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    child = await asyncio.to_thread(subprocess.Popen, command, text=True, **pipes)
-    try:
+    child = await asyncio.to_thread(
+        programs.start, INTERRUPTED, proxy.uri, store.collection_name, prefix, call, stderr=sys.__stderr__.fileno()
+    )
+    with child:
         await until(lambda: sum(proxy.counts[method] for method in WRITES) == 2, seconds=60)
-        child.send_signal(signal.SIGINT)
-        said, complained = await asyncio.to_thread(child.communicate, timeout=30)
-    finally:
-        child.kill()
-    assert said, f"no report, but: {complained}"
+        os.kill(child.pid, signal.SIGINT)
+        said = await asyncio.to_thread(child.stdout.read)
     ids = [f"{prefix}-{number}" for number in range(30)]
     assert json.loads(said) == [ids[:10], ids[10:20], ids[20:]]
 

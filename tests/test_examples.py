@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests import programs
 from tests.servers import MilvusServer
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -41,19 +42,26 @@ pytestmark = [
 ]
 
 
-def run(script: str, *arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run an example in a folder, with nothing of the tests' own environment that would change it."""
+def run(
+    script: str, *arguments: str, folder: Path, cold: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run an example in a folder, with nothing of the tests' own environment that would change it.
+
+    Cold, it imports all that it needs by itself, as its users have it.
+    """
     unset = ("MILVUS_URI", "MILVUS_TOKEN", "OPENAI_API_KEY")
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *arguments],
-        cwd=folder,
-        env=inherited | offline | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
+    environment = inherited | programs.OFFLINE | environment
+    if cold:
+        command = [sys.executable, str(EXAMPLES / script), *arguments]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    return programs.run(
+        EXAMPLES / script,
+        *arguments,
         timeout=240,
+        cwd=folder,
+        environment=environment,
+        modules=programs.EXAMPLES,
     )
 
 
@@ -103,7 +111,8 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_demo_reads_embeds_writes_and_asks_and_a_second_run_adds_nothing(documents: Path, tmp_path: Path) -> None:
     asked = [str(documents), "-q", "Why was the bridge closed?", "-q", "How hot should green tea be?"]
-    first, second = run("demo.py", *asked, folder=tmp_path), run("demo.py", *asked, folder=tmp_path)
+    first = run("demo.py", *asked, folder=tmp_path, cold=True)
+    second = run("demo.py", *asked, folder=tmp_path)
     for done in (first, second):
         assert done.returncode == 0, done.stderr
         assert re.search(r"Why was the bridge closed\?\n +0\.\d+  report\.pdf, page 1\n +The bridge was", done.stdout)

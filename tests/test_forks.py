@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
+from tests import programs
 from tests.servers import LiteServer
 
 PREAMBLE = """
@@ -52,10 +52,7 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> object:
 
 def outcome(program: str, *arguments: str, seconds: float = 60) -> str:
     """What a program prints; fails if it does not end well in time."""
-    source = textwrap.dedent(PREAMBLE) + textwrap.dedent(program)
-    ended = subprocess.run(
-        [sys.executable, "-c", source, *arguments], capture_output=True, text=True, timeout=seconds, check=False
-    )
+    ended = programs.run(textwrap.dedent(PREAMBLE) + textwrap.dedent(program), *arguments, timeout=seconds)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout.strip()
 
@@ -100,7 +97,7 @@ def test_a_child_that_outlives_its_killed_parent_holds_nothing(tmp_path: Path) -
     """
     path = str(tmp_path / "left.db")
     source = textwrap.dedent(PREAMBLE) + textwrap.dedent(program)
-    killed = subprocess.run([sys.executable, "-c", source, path], stdout=subprocess.PIPE, text=True, timeout=60)
+    killed = programs.run(source, path)
     assert killed.returncode < 0
     child = killed.stdout.strip()
     ending = """

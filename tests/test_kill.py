@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import subprocess
-import sys
 import textwrap
 import time
 from collections import Counter
@@ -18,6 +16,7 @@ from llama_index.core.vector_stores.types import VectorStoreQuery
 from pymilvus import MilvusClient
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy
+from tests import programs
 from tests.conftest import MakeNodes
 from tests.servers import LiteServer, MilvusServer
 from tests.waiting import until
@@ -141,13 +140,7 @@ def test_a_killed_client_with_lite_in_it_keeps_every_acknowledged_row(tmp_path: 
     acknowledged: list[str] = []
     kills = 20
     for kill in range(kills):
-        with subprocess.Popen(
-            [sys.executable, "-c", WRITER, path, str(kill)],
-            stdout=subprocess.PIPE,
-            text=True,
-            stderr=subprocess.DEVNULL,
-        ) as client:
-            assert client.stdout is not None
+        with programs.start(WRITER, path, str(kill)) as client:
             assert client.stdout.readline() == "ready\n"
             time.sleep(chance.uniform(0.05, 0.6))
             client.kill()

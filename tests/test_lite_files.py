@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -15,6 +13,7 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus import AsyncMilvusClient, MilvusClient
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy
+from tests import programs
 from tests.conftest import MakeNodes
 from tests.servers import LiteServer
 from tests.test_kill import ids_in
@@ -31,8 +30,7 @@ OPENER = """
 
 def opened_elsewhere(path: Path) -> str:
     """What another process finds in a file: its number of rows, or why it can't open it."""
-    program = textwrap.dedent(OPENER)
-    ended = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=60)
+    ended = programs.run(textwrap.dedent(OPENER), str(path))
     return ended.stdout.strip() or ended.stderr
 
 
@@ -146,13 +144,7 @@ def test_two_processes_write_to_one_lite_server_and_its_kill_loses_nothing(tmp_p
         spellings = [server.uri, f"http://localhost:{server.port}"]
         environments = [os.environ | {"TMPDIR": str(tmp_path)}, dict(os.environ)]
         writers = [
-            subprocess.Popen(
-                [sys.executable, "-c", textwrap.dedent(WRITER), uri, f"w{number}"],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                env=environment,
-            )
+            programs.start(textwrap.dedent(WRITER), uri, f"w{number}", environment=environment)
             for number, (uri, environment) in enumerate(zip(spellings, environments, strict=True))
         ]
         acknowledged: list[list[str]] = [[], []]
@@ -160,7 +152,6 @@ def test_two_processes_write_to_one_lite_server_and_its_kill_loses_nothing(tmp_p
 
         def read(number: int) -> None:
             with writers[number] as writer:
-                assert writer.stdout is not None
                 assert writer.stdout.readline() == "ready\n"
                 ready.wait(30)
                 acknowledged[number] += writer.stdout.read().split("\n")[:-1]

@@ -9,12 +9,10 @@ import gc
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +24,7 @@ from llama_index_milvus_async_ext._lane.port import LoopPort, run
 from llama_index_milvus_async_ext._lane.shell import Shell
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
-from tests import waiting
+from tests import programs, waiting
 from tests.lane_server import Item, Server, classify, items, make_lane
 
 
@@ -354,7 +352,6 @@ async def test_sixty_thousand_values_keep_no_turn_of_the_loop_long_and_are_cance
 
 # --- a fork, and the interpreter's exit
 
-ROOT = Path(__file__).parent.parent
 PREAMBLE = """
 import asyncio, os, sys, threading, time
 import tenacity
@@ -372,8 +369,7 @@ def call(count=1, seconds=0.01, **bounds):
 
 
 def run_script(script: str) -> subprocess.CompletedProcess[str]:
-    source = PREAMBLE + textwrap.dedent(script)
-    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    return programs.run(PREAMBLE + textwrap.dedent(script))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores.types import VectorStoreQuery
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, WriteError, WriteReport
+from tests import programs
 from tests.conftest import Backend, MakeNodes
 from tests.embedding import HashEmbedding
 
@@ -127,10 +128,7 @@ def test_a_file_that_another_process_holds_is_named(tmp_path: Path) -> None:
         """
     )
     path = str(tmp_path / "held.db")
-    with subprocess.Popen(
-        [sys.executable, "-c", program, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout is not None and holder.stdin is not None
+    with programs.start(program, path) as holder:
         assert holder.stdout.readline() == "open\n"
         with pytest.raises(Exception, match="another process holds it"):
             AsyncMilvusVectorStore(uri=path, dim=4)
@@ -197,13 +195,7 @@ def test_the_interpreter_exits_at_once_and_quietly_when(
         """
     ) + textwrap.dedent(QUIET_EXITS[what])
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GRPC_")}
-    ended = subprocess.run(
-        [sys.executable, "-c", program, uri, collection_name],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
-    )
+    ended = programs.run(program, uri, collection_name, environment=environment)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
@@ -235,10 +227,5 @@ def test_a_reopened_file_answers_at_once_and_quietly(tmp_path: Path) -> None:
         """
     )
     for what in ("write", "get", "search", "delete"):
-        ended = subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path / "again.db"), what],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        ended = programs.run(program, str(tmp_path / "again.db"), what)
         assert (ended.returncode, ended.stderr) == (0, ""), what

@@ -5,6 +5,8 @@ VENV ?= .venv
 # The embedding model of the demo and the examples runs on PyTorch. Any build will do; TORCH= names another one.
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+# Test processes beside each other, each with a Milvus of its own: tests wait more than they work. 0: none but pytest's.
+TEST_PROCESSES ?= 3
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -28,11 +30,11 @@ demo: $(VENV)/.demo ## real documents into Milvus and questions to them [DOCS=pa
 	if [ -n "$$MODEL" ]; then set -- "$$@" --model "$$MODEL"; fi; \
 	MILVUS_TOKEN="$$TOKEN" exec $(BIN)/python examples/demo.py "$$@"
 
-test: $(VENV)/.test milvus-server ## lint, types and all tests, against Milvus Lite and a Milvus server [PYTEST_ARGS=...]
+test: $(VENV)/.test milvus-server ## lint, types and all tests, against Milvus Lite and a Milvus server [PYTEST_ARGS=... TEST_PROCESSES=3]
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: $(VENV)/.bench milvus-server ## measure against the plain store and against the server's ceiling [BENCH_ARGS=...]
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -25,6 +25,19 @@ from tests.servers import MilvusServer
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(llama_index.core.__file__).parent / "_static" / "tiktoken_cache"))
 
 
+# A read with Strong consistency waits for the server's next tick, and a collection that is made or loaded for the next
+# look of several of its parts: most of the tests' time with the usual intervals, which `MilvusServer` itself has.
+IN_QUICK_STEP = {
+    "proxy": {"timeTickInterval": 50},  # ms, as all of these; 200
+    "queryCoord": {
+        "checkInterval": 100,  # 1000
+        "checkChannelInterval": 100,
+        "checkSegmentInterval": 100,
+        "distPullInterval": 100,  # 500
+    },
+}
+
+
 @dataclass(frozen=True)
 class Backend:
     """A running Milvus. `address` is its gRPC address, `has_sparse` whether it has BM25 and hybrid search."""
@@ -43,6 +56,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "milvus_server" in getattr(item, "fixturenames", ()):
             item.add_marker("server")
+    # Of processes that share the work file by file, none is to begin with the longest when the others are done.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +77,7 @@ def milvus_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusSe
     """The Milvus standalone that tests share: do not kill or freeze this one."""
     if reason := MilvusServer.unavailable_reason():
         pytest.skip(reason)
-    with MilvusServer(tmp_path_factory.mktemp("milvus")) as server:
+    with MilvusServer(tmp_path_factory.mktemp("milvus"), extra_config=IN_QUICK_STEP) as server:
         yield server
 
 

@@ -49,6 +49,10 @@ os.execv(sys.argv[2], sys.argv[2:])
 # thread asks for a server.
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="server-spawner")
 
+# Test runs beside each other each take every eighth port, beginning with their own.
+_RUNS_BESIDE_EACH_OTHER = 8
+_run = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _RUNS_BESIDE_EACH_OTHER
+
 _handed_out: set[int] = set()
 _running: weakref.WeakSet[ServerProcess] = weakref.WeakSet()
 
@@ -62,7 +66,7 @@ def free_ports(count: int) -> list[int]:
     ports: list[int] = []
     choose = random.SystemRandom()
     while len(ports) < count:
-        port = choose.randrange(10_000, 32_768)
+        port = choose.randrange(10_000 + _run, 32_768, _RUNS_BESIDE_EACH_OTHER)
         if port in _handed_out or not _is_free(port):
             continue
         _handed_out.add(port)

@@ -16,7 +16,7 @@ from llama_index_milvus_async_ext._lane import core as core_module
 from llama_index_milvus_async_ext._lane import entrance as entrance_module
 from llama_index_milvus_async_ext._lane import ledger as ledger_module
 from llama_index_milvus_async_ext._lane.entrance import Entrance
-from llama_index_milvus_async_ext._lane.items import CancelledCallError
+from llama_index_milvus_async_ext._lane.items import CancelledCallError, DeadlinePassedError
 from llama_index_milvus_async_ext._lane.lanes import Flight, Lane
 from llama_index_milvus_async_ext.retry import RetryPolicy, Verdict
 from tests.lane_world import LAST_ATTEMPT_SECONDS, Call, Value, World
@@ -234,6 +234,27 @@ def test_batches_keep_to_items_and_bytes_and_one_item_alone_may_be_larger(world:
     assert [names(values) for _, values in world.requests][-2:] == [[12], [13]]
 
 
+@pytest.mark.parametrize(
+    ("nbytes", "requests"),
+    [
+        ([4, 6], [[1, 2]]),
+        ([4, 6, 1], [[1, 2], [3]]),
+        ([4, 7], [[1], [2]]),
+        ([4, 7, 3], [[1], [2, 3]]),
+        ([10, 1], [[1], [2]]),
+        ([11, 1], [[1], [2]]),
+        ([0, 10, 0, 1], [[1, 2, 3], [4]]),
+        ([1, 1, 1, 1], [[1, 2, 3], [4]]),
+    ],
+)
+def test_a_request_takes_exactly_what_it_may_and_not_one_byte_or_item_more(
+    world: World, nbytes: list[int], requests: list[list[int]]
+) -> None:
+    world.submit(world.lane(max_items=3, max_bytes=10), [Value(nbytes=n) for n in nbytes])
+    world.finish()
+    assert [names(values) for _, values in world.requests] == requests
+
+
 def test_what_comes_to_an_idle_lane_is_spread_over_the_free_slots(world: World) -> None:
     lane = world.lane(spread_above=3)
     world.submit_many(lane, 16)
@@ -429,17 +450,24 @@ def test_an_overload_lowers_the_limit_for_all_and_successes_raise_it_again(world
     world.settle_down()
     assert len(world.out) == 8
     for flight in list(world.out):
+        world.now += 0.01  # no two answers come at once
         world.answer(flight, Verdict.OVERLOAD)
     assert world.core.limit.current == 5, "one cut for all that were out together"
+    world.now += 1
+    world.settle_down()
+    assert len(world.out) == 5
+    for flight in list(world.out):
+        world.now += 0.01
+        world.answer(flight, Verdict.OVERLOAD)
+    assert world.core.limit.current == 3, "and one for those that were sent after it"
     world.submit_many(lane, 200)
     peak = 0
     while not world.core.idle:
         world.settle_down()
         peak = max(peak, len(world.out))
+        world.now += 0.1 if world.out else 1
         if world.out:
             world.answer(first(world), None)
-        else:
-            world.now += 1
     assert peak == world.core.limit.current == 8
 
 
@@ -563,6 +591,65 @@ def test_a_long_write_that_moves_on_never_meets_the_deadline(world: World) -> No
     assert not call.outcomes.failed_indices() and world.now > 1_100
 
 
+@pytest.mark.parametrize("verdict", [Verdict.OVERLOAD, Verdict.TRANSIENT, Verdict.AMBIGUOUS])
+def test_one_that_is_refused_again_and_again_is_given_up_only_once_nobody_else_has_moved_on_for_so_long(
+    world: World, verdict: Verdict
+) -> None:
+    refused, served = (world.lane(policy=patient(deadline_seconds=10)) for _ in range(2))
+    call = world.submit_many(refused, 3)
+
+    def answer_all() -> None:
+        world.settle_down()
+        for flight in list(world.out):
+            world.answer(flight, verdict if flight.lane is refused else None)
+
+    while world.now < 1_050:
+        world.submit_many(served, 1)
+        answer_all()
+        assert call.open
+        world.advance(4)
+    while call.open:
+        answer_all()
+        world.advance(0.25)
+    assert world.progress[-1] + 10 <= world.now <= world.progress[-1] + 10 + LAST_ATTEMPT_SECONDS + 0.25
+
+
+def test_nobody_who_waits_for_a_slot_is_given_up_while_others_are_served(world: World) -> None:
+    policy = patient(deadline_seconds=10)
+    narrow = [world.lane(ceiling=1, policy=policy) for _ in range(2)]
+    long = patient(deadline_seconds=1_000)
+    wide = world.lane(ceiling=8, max_in_flight=8, max_items=1, rpc_timeout_seconds=100, policy=long)
+    again = world.submit_many(narrow[0], 1)
+    world.settle_down()
+    world.submit_many(wide, 5)
+    world.settle_down()
+    rejected, slow, *others = world.out
+    world.answer(rejected, Verdict.OVERLOAD)
+    new = world.submit_many(narrow[1], 1)
+    for flight in others:
+        world.advance(7)
+        world.answer(flight, None)
+    world.advance(9.99)
+    assert again.open and new.open and world.now > 1_000 + 3 * 10
+    world.answer(slow, None)
+    world.finish()
+    assert again.failures == new.failures == [None]
+
+
+def test_one_that_waits_for_a_slot_is_given_up_once_nobody_is_served_for_so_long(world: World) -> None:
+    narrow = world.lane(ceiling=1, policy=patient(deadline_seconds=10))
+    wide = world.lane(ceiling=8, rpc_timeout_seconds=100, max_items=1, policy=patient(deadline_seconds=100))
+    world.submit_many(wide, 2)
+    world.settle_down()
+    call = world.submit_many(narrow, 1)
+    world.advance(7)
+    world.answer(first(world), None)
+    world.advance(9.99)
+    assert call.open
+    world.advance(0.02)
+    assert not call.open and isinstance(call.failures[0].error, DeadlinePassedError)  # type: ignore[union-attr]
+
+
 def test_callers_share_a_batch_evenly(world: World) -> None:
     lane = world.lane(max_in_flight=1)
     world.submit_many(lane, 1)
@@ -628,6 +715,66 @@ def test_what_is_sent_again_comes_first_but_starves_nobody(world: World) -> None
     work(10, until=lambda: not call.open)
     assert not call.open
     world.finish()
+
+
+def order_after(world: World, begun: int) -> list[Lane[Value, str]]:
+    """Serve everything, one request at a time; the lanes of the requests, but for the first `begun`."""
+    world.finish()
+    return [lane for lane, _ in world.requests[begun:]]
+
+
+@pytest.mark.parametrize("verdict", [Verdict.OVERLOAD, Verdict.TRANSIENT, Verdict.AMBIGUOUS])
+def test_what_is_sent_again_goes_first_and_then_what_is_new_in_turns(world: World, verdict: Verdict) -> None:
+    again, new = (world.lane(ceiling=1, max_items=1, policy=patient(deadline_seconds=1_000)) for _ in range(2))
+    world.submit_many(again, 3)
+    for _ in range(3):
+        world.settle_down()
+        world.answer(first(world), verdict)
+    world.submit_many(new, 1)
+    world.settle_down()
+    world.submit_many(new, 3)
+    world.now += 1  # all three want the slot again, while another has it
+    assert order_after(world, begun=4) == [again, new, again, new, again, new]
+    assert [names(values) for lane, values in world.requests[4:] if lane is again] == [[1], [2], [3]]
+
+
+def test_the_halves_of_a_refused_batch_go_before_others_that_are_sent_again(world: World) -> None:
+    again, halved, new = (world.lane(ceiling=1, policy=patient(deadline_seconds=1_000)) for _ in range(3))
+    world.submit_many(again, 1)
+    world.settle_down()
+    world.answer(first(world), Verdict.TRANSIENT)
+    world.submit(halved, [Value(), Value(bad=True)])
+    world.settle_down()
+    world.submit_many(new, 1)
+    world.now += 1
+    assert order_after(world, begun=2) == [halved, new, halved, again]
+    assert [names(values) for lane, values in world.requests if lane is halved] == [[2, 3], [2], [3]]
+
+
+def test_one_that_wants_a_slot_again_and_is_cancelled_leaves_it_to_the_next(world: World) -> None:
+    """Whether it still waits for the slot, or was given it just now."""
+    for was_given in (False, True):
+        again, other = (world.lane(ceiling=1, abort_when_unwanted=True) for _ in range(2))
+        call = world.submit_many(again, 1)
+        world.settle_down()
+        world.answer(first(world), Verdict.TRANSIENT)
+        world.submit_many(other, 1)
+        world.settle_down()
+        world.now += 1
+        world.settle_down()
+        world.answer(first(world), None)
+        if was_given:
+            world.step()
+            assert [flight.lane for flight in world.out] == [again]
+        later = world.submit_many(other, 1)
+        world.cancel(call)
+        if was_given:
+            world.answer(first(world), Verdict.AMBIGUOUS)  # as it is aborted
+        world.settle_down()
+        assert [flight.lane for flight in world.out] == [other]
+        world.finish()
+        assert later.failures == [None]
+    world.check_that_nothing_is_left()
 
 
 def test_a_lane_whose_calls_were_all_cancelled_bars_nobody(world: World) -> None:

@@ -268,6 +268,13 @@ def test_what_comes_to_an_idle_lane_is_spread_over_the_free_slots(world: World) 
     assert sizes(world)[6:10] == [8] * 4, "no larger than max_items"
 
 
+@pytest.mark.parametrize(("count", "requests"), [(3, [3]), (4, [3, 1]), (13, [4, 3, 3, 3]), (32, [8, 8, 8, 8])])
+def test_what_is_spread_is_spread_evenly_and_not_thinly(world: World, count: int, requests: list[int]) -> None:
+    world.submit_many(world.lane(spread_above=3), count)
+    world.finish()
+    assert sizes(world) == requests
+
+
 def test_what_comes_while_the_endpoint_is_at_work_is_not_spread(world: World) -> None:
     lane = world.lane(spread_above=3)
     world.submit_many(lane, 1)
@@ -554,6 +561,28 @@ def test_an_old_item_of_one_half_does_not_wait_for_the_patience_of_a_new_one_in_
     assert not old.open and new.open
     world.advance(5)
     assert not new.open
+    world.check_that_nothing_is_left()
+
+
+def test_each_of_a_batch_is_given_up_at_its_own_deadline(world: World) -> None:
+    lane = world.lane(max_in_flight=1, rpc_timeout_seconds=50, policy=patient(wait=tenacity.wait_fixed(0.5)))
+    world.submit_many(lane, 1)
+    world.settle_down()
+    calls = []
+    for _ in range(3):
+        calls.append(world.submit_many(lane, 1))
+        world.advance(5)
+    world.answer(first(world), Verdict.PERMANENT)
+    lasted = []
+    while calls:
+        world.settle_down()
+        if world.out:
+            world.answer(first(world), Verdict.TRANSIENT)
+        if not calls[0].open:
+            lasted.append(world.now - calls.pop(0).submitted_at)
+        else:
+            world.advance(0.05)
+    assert all(20 <= seconds <= 20 + LAST_ATTEMPT_SECONDS + 0.05 for seconds in lasted), lasted
     world.check_that_nothing_is_left()
 
 

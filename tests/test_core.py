@@ -275,6 +275,12 @@ def test_what_is_spread_is_spread_evenly_and_not_thinly(world: World, count: int
     assert sizes(world) == requests
 
 
+def test_what_is_spread_is_spread_over_the_slots_that_its_own_lane_may_take(world: World) -> None:
+    world.submit_many(world.lane(spread_above=2, max_in_flight=2), 12)
+    world.finish()
+    assert sizes(world) == [6, 6]
+
+
 def test_what_comes_while_the_endpoint_is_at_work_is_not_spread(world: World) -> None:
     lane = world.lane(spread_above=3)
     world.submit_many(lane, 1)
@@ -422,6 +428,16 @@ def test_a_passing_fault_is_retried_after_a_pause(world: World, verdict: Verdict
     assert all(len(rows) == 1 for rows in world.rows.values())
 
 
+def test_a_retry_of_a_shared_request_counts_for_each_call_in_it_and_once_in_all(world: World) -> None:
+    lane = world.lane()
+    calls = [world.submit_many(lane, count) for count in (1, 2, 3)]
+    alone = world.submit_many(world.lane(), 1)
+    fates = iter([Verdict.TRANSIENT, None, Verdict.OVERLOAD, Verdict.AMBIGUOUS])
+    world.finish(lambda _: next(fates, None))
+    assert [call.outcomes.retries for call in (*calls, alone)] == [3, 3, 3, 0]
+    assert dict(world.core.counts) == {"requests": 5, "retries": 3, "items": 4 * 6 + 1}
+
+
 @pytest.mark.parametrize("verdict", [Verdict.PERMANENT, Verdict.FULL, Verdict.UNEXPECTED])
 def test_what_no_other_attempt_mends_is_sent_once(world: World, verdict: Verdict) -> None:
     call = world.submit_many(world.lane(), 3)
@@ -449,6 +465,17 @@ def test_attempts_are_bounded_but_not_those_rejected_for_overload(world: World) 
     call = world.submit_many(lane, 1)
     assert world.finish(lambda _: next(fates, None)) == 51
     assert call.failures == [None]
+
+
+def test_rejections_for_overload_take_no_attempt_from_those_that_count(world: World) -> None:
+    fates = iter([Verdict.OVERLOAD] * 5 + [Verdict.TRANSIENT] * 2 + [Verdict.OVERLOAD] * 5)
+    call = world.submit_many(world.lane(policy=patient(max_attempts=3)), 1)
+    assert world.finish(lambda _: next(fates, None)) == 13
+    assert call.failures == [None]
+    fates = iter([Verdict.TRANSIENT, Verdict.OVERLOAD, Verdict.TRANSIENT, Verdict.OVERLOAD])
+    call = world.submit_many(world.lane(policy=patient(max_attempts=3)), 1)
+    assert world.finish(lambda _: next(fates, Verdict.TRANSIENT)) == 5
+    assert call.failures[0] is not None and call.failures[0].attempts == 5
 
 
 def test_an_overload_lowers_the_limit_for_all_and_successes_raise_it_again(world: World) -> None:
@@ -483,6 +510,19 @@ def test_endless_overload_ends_at_the_deadline(world: World) -> None:
     world.finish(lambda _: Verdict.OVERLOAD)
     assert call.failures[0] is not None and call.failures[0].retryable and not call.failures[0].ambiguous
     assert world.now <= 1_000 + 20 + LAST_ATTEMPT_SECONDS
+
+
+def test_an_attempt_has_its_own_time_out_or_what_is_left_and_a_last_one_a_little_more(world: World) -> None:
+    world.submit_many(world.lane(rpc_timeout_seconds=6, policy=patient(deadline_seconds=20)), 1)
+    time_outs = []
+    world.settle_down()
+    while world.out:
+        time_outs.append(world.out[first(world)].timeout_seconds)
+        world.now += min(4, time_outs[-1])
+        world.answer(first(world), Verdict.TRANSIENT)
+        world.advance(1)
+    assert time_outs == pytest.approx([6, 6, 6, 5.1, 0.1])
+    world.check_that_nothing_is_left()
 
 
 def test_a_dead_endpoint_costs_the_deadline_in_all_however_much_waits(world: World) -> None:
@@ -767,6 +807,53 @@ def test_what_is_sent_again_goes_first_and_then_what_is_new_in_turns(world: Worl
     assert [names(values) for lane, values in world.requests[4:] if lane is again] == [[1], [2], [3]]
 
 
+@pytest.mark.parametrize("is_sent_again", [True, False])
+def test_what_waits_under_a_low_ceiling_is_not_overtaken_by_what_is_new_under_a_higher_one(
+    world: World, is_sent_again: bool
+) -> None:
+    narrow, wide = world.lane(ceiling=1), world.lane(ceiling=4, max_items=1)
+    if is_sent_again:
+        world.submit_many(narrow, 1)
+        world.settle_down()
+        world.answer(first(world), Verdict.TRANSIENT)
+    world.submit_many(wide, 4)
+    world.settle_down()
+    begun = len(world.requests)
+    if not is_sent_again:
+        world.submit_many(narrow, 1)
+    world.submit_many(wide, 100)
+    world.now += 1
+    assert order_after(world, begun)[0] is narrow
+
+
+def test_what_is_sent_again_keeps_its_order_past_differing_ceilings(world: World) -> None:
+    narrow, wide, other = world.lane(ceiling=1), world.lane(ceiling=4), world.lane(ceiling=4, exclusive="a file")
+    for lane in (narrow, wide):
+        world.submit_many(lane, 1)
+        world.settle_down()
+        world.answer(first(world), Verdict.TRANSIENT)
+    world.submit_many(other, 1)
+    world.settle_down()
+    world.now += 1
+    world.settle_down()
+    assert [flight.lane for flight in world.out] == [other], "the one with the low ceiling is first"
+    assert order_after(world, begun=3) == [narrow, wide]
+
+
+def test_what_waits_for_another_request_of_its_file_keeps_nobody_from_being_sent_again(world: World) -> None:
+    one, two = (world.lane(exclusive="a file") for _ in range(2))
+    free = world.lane()
+    for lane in (two, free):
+        world.submit_many(lane, 1)
+        world.settle_down()
+        world.answer(first(world), Verdict.TRANSIENT)
+    world.submit_many(one, 1)
+    world.settle_down()
+    world.now += 1
+    world.settle_down()
+    assert [flight.lane for flight in world.out] == [one, free]
+
+
 def test_the_halves_of_a_refused_batch_go_before_others_that_are_sent_again(world: World) -> None:
     again, halved, new = (world.lane(ceiling=1, policy=patient(deadline_seconds=1_000)) for _ in range(3))
     world.submit_many(again, 1)
@@ -860,14 +947,18 @@ def test_what_is_cancelled_while_it_waits_was_not_sent_and_what_is_under_way_may
     world.check_that_nothing_is_left()
 
 
-def test_a_batch_that_was_given_up_while_it_was_filled_is_not_sent(world: World, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("abort_when_unwanted", [False, True])
+def test_a_batch_that_was_given_up_while_it_was_filled_is_not_sent(
+    world: World, monkeypatch: Any, abort_when_unwanted: bool
+) -> None:
     monkeypatch.setattr(core_module, "_ITEMS_PER_STEP", 2)
-    lane = world.lane()
+    lane = world.lane(abort_when_unwanted=abort_when_unwanted)
     call = world.submit_many(lane, 6)
     while lane.filling is None:
         world.step()
     assert world.core.in_flight == 1
     world.cancel(call)
+    world.check()
     assert all(failure and not failure.ambiguous for failure in call.failures)
     world.settle_down()
     assert not world.requests

@@ -169,6 +169,9 @@ def caused_by(cause: BaseException | None, **status: Any) -> MilvusException:
         (caused_by(RpcFailure("UNAVAILABLE", sent=False)), Verdict.TRANSIENT),
         (caused_by(RpcFailure("UNAUTHENTICATED"), message="[Errno 28] No space left on device"), Verdict.FULL),
         (caused_by(RpcFailure("UNAUTHENTICATED"), compatible_code=49), Verdict.OVERLOAD),
+        (caused_by(None, message="what Lite did not expect", compatible_code=0), Verdict.BAD_DATA),
+        # The operating system's words count where they are all that Lite says, and not in a row's own text.
+        (StatusFailure(1, "a row says '[Errno 28]'", 0), Verdict.BAD_DATA),
         (ClosedConnectionError(sent=False), Verdict.PERMANENT),
         (ClosedConnectionError(sent=True), Verdict.UNEXPECTED),
         (SchemaChangedError("why", was_executed=False), Verdict.PERMANENT),

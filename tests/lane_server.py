@@ -80,14 +80,19 @@ class Server:
     in_flight: int = 0
     peak: int = 0
     keys_in_flight: set[Any] = field(default_factory=set)
+    broken: list[str] = field(default_factory=list)
+
+    def _note(self, broken: str) -> None:
+        self.broken.append(broken)
+        _broken.append(broken)
 
     async def send(self, items: list[Item], upsert: bool, timeout: float) -> list[str]:
         self.batches.append(list(items))
         keys = [item.key for item in items if item.key is not None]
         if len(set(keys)) < len(keys):
-            _broken.append(f"two items of one key in one request: {keys}")
+            self._note(f"two items of one key in one request: {keys}")
         if self.keys_in_flight.intersection(keys):
-            _broken.append(f"two requests with one key at a time: {keys}, beside {self.keys_in_flight}")
+            self._note(f"two requests with one key at a time: {keys}, beside {self.keys_in_flight}")
         self.keys_in_flight.update(keys)
         self.in_flight += 1
         self.peak = max(self.peak, self.in_flight)

@@ -322,6 +322,16 @@ def test_a_batch_of_bad_items_costs_a_bounded_number_of_requests(world: World, n
     assert [failure.retryable for failure in call.failures if failure] == [index not in alone for index in range(n)]
 
 
+def test_a_request_that_is_too_large_is_split_until_it_is_not(world: World) -> None:
+    call = world.submit_many(world.lane(max_items=16), 16)
+    world.finish(lambda values: Verdict.TOO_LARGE if len(values) > 4 else None)
+    assert call.outcomes.failed_indices() == [] and call.outcomes.retries == 0
+    assert sizes(world) == [16, 8, 4, 4, 8, 4, 4]
+    call = world.submit_many(world.lane(), 1)
+    assert world.finish(lambda _: Verdict.TOO_LARGE) == 1
+    assert call.failures[0] is not None and not call.failures[0].retryable
+
+
 def test_an_item_that_cant_be_prepared_costs_no_request_and_no_neighbour(world: World) -> None:
     call = world.submit(world.lane(), [Value(), Value(unpreparable=True), Value()])
     world.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from llama_index_instrumentation.event_handlers import BaseEventHandler
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy, WriteReport
 from llama_index_milvus_async_ext import writer as writer_module
 from llama_index_milvus_async_ext._milvus.errors import StatusFailure
+from llama_index_milvus_async_ext._store.parts import Part
 from llama_index_milvus_async_ext.events import MilvusWriteEvent
 from llama_index_milvus_async_ext.report import FailedNode
 from tests.conftest import MakeNodes
@@ -66,6 +68,16 @@ def test_a_report_of_parts_is_all_of_them_in_their_order() -> None:
     assert parts[0].written == ["a", "b"] and len(parts[0].failed) == 1, "the parts are left alone"
     nothing = WriteReport.merged([], elapsed_seconds=0.5)
     assert nothing.ok and (nothing.written, nothing.retries, nothing.elapsed_seconds) == ([], 0, 0.5)
+
+
+def test_the_embedding_models_error_takes_the_place_of_the_stores_and_of_nothing_else() -> None:
+    without, rejected = failed("a", 0), failed("b", 2)
+    report = WriteReport(["c"], [without, rejected], [failed("d", 1)], retries=3, elapsed_seconds=2.0)
+    error = RuntimeError("out of memory")
+    part = Part([], [], errors={id(f.node): error for f in (without, rejected)}, report=report)
+    explained = part.explained()
+    assert explained.failed == [FailedNode(without.node, error, 0, True), rejected]
+    assert replace(explained, failed=report.failed) == report
 
 
 @pytest.mark.parametrize("is_async", [False, True])

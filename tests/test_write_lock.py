@@ -8,7 +8,7 @@ import fcntl
 import os
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -45,8 +45,13 @@ def is_free(lock: WriteLock) -> bool:
         return False
 
 
-def threads_that_wait() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "milvus-lite-lock"]
+@pytest.fixture
+def threads_that_wait() -> Callable[[], list[threading.Thread]]:
+    """Those for a lock file, but for what other tests have left behind."""
+    others = set(threading.enumerate())
+    return lambda: [
+        thread for thread in threading.enumerate() if thread.name == "milvus-lite-lock" and thread not in others
+    ]
 
 
 async def take_and_give_back(lock: WriteLock) -> None:
@@ -72,7 +77,9 @@ async def test_a_wait_that_is_cancelled_just_as_its_turn_comes_gives_the_turn_to
     assert second.cancelled() and is_free(lock)
 
 
-async def test_a_wait_for_another_process_that_is_cancelled_gives_the_lock_back_when_it_comes(lock: WriteLock) -> None:
+async def test_a_wait_for_another_process_that_is_cancelled_gives_the_lock_back_when_it_comes(
+    lock: WriteLock, threads_that_wait: Callable[[], list[threading.Thread]]
+) -> None:
     with another_process(lock):
         waiting = asyncio.create_task(lock.acquire(timeout=30))
         await until(lambda: bool(threads_that_wait()))
@@ -85,7 +92,7 @@ async def test_a_wait_for_another_process_that_is_cancelled_gives_the_lock_back_
 
 
 async def test_a_wait_for_another_process_that_is_cancelled_just_as_the_lock_comes_gives_it_back(
-    lock: WriteLock,
+    lock: WriteLock, threads_that_wait: Callable[[], list[threading.Thread]]
 ) -> None:
     with another_process(lock):
         waiting = asyncio.create_task(lock.acquire(timeout=30))
@@ -100,7 +107,9 @@ async def test_a_wait_for_another_process_that_is_cancelled_just_as_the_lock_com
     await take_and_give_back(lock)
 
 
-async def test_who_waits_in_vain_says_so_and_the_next_one_takes_over_its_wait(lock: WriteLock) -> None:
+async def test_who_waits_in_vain_says_so_and_the_next_one_takes_over_its_wait(
+    lock: WriteLock, threads_that_wait: Callable[[], list[threading.Thread]]
+) -> None:
     with another_process(lock):
         for _ in range(2):
             with pytest.raises(RpcFailure, match="held by another process") as failed:

@@ -204,7 +204,7 @@ class World:
                 self.answer(flight, Verdict.AMBIGUOUS, executed)
             self.settle_down()
         self.now = max(self.now, until)
-        self.settle_down()
+        assert not self.step(), "it did not want to be woken for this"
 
     def stall(self, seconds: float) -> None:
         """Let time pass in which the core is not asked, perhaps while it fills a batch."""

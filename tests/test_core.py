@@ -16,7 +16,7 @@ from llama_index_milvus_async_ext._lane import core as core_module
 from llama_index_milvus_async_ext._lane import entrance as entrance_module
 from llama_index_milvus_async_ext._lane import ledger as ledger_module
 from llama_index_milvus_async_ext._lane.entrance import Entrance
-from llama_index_milvus_async_ext._lane.items import CancelledCallError
+from llama_index_milvus_async_ext._lane.items import CancelledCallError, DeadlinePassedError
 from llama_index_milvus_async_ext._lane.lanes import Flight, Lane
 from llama_index_milvus_async_ext.retry import RetryPolicy, Verdict
 from tests.lane_world import LAST_ATTEMPT_SECONDS, Call, Value, World
@@ -234,6 +234,27 @@ def test_batches_keep_to_items_and_bytes_and_one_item_alone_may_be_larger(world:
     assert [names(values) for _, values in world.requests][-2:] == [[12], [13]]
 
 
+@pytest.mark.parametrize(
+    ("nbytes", "requests"),
+    [
+        ([4, 6], [[1, 2]]),
+        ([4, 6, 1], [[1, 2], [3]]),
+        ([4, 7], [[1], [2]]),
+        ([4, 7, 3], [[1], [2, 3]]),
+        ([10, 1], [[1], [2]]),
+        ([11, 1], [[1], [2]]),
+        ([0, 10, 0, 1], [[1, 2, 3], [4]]),
+        ([1, 1, 1, 1], [[1, 2, 3], [4]]),
+    ],
+)
+def test_a_request_takes_exactly_what_it_may_and_not_one_byte_or_item_more(
+    world: World, nbytes: list[int], requests: list[list[int]]
+) -> None:
+    world.submit(world.lane(max_items=3, max_bytes=10), [Value(nbytes=n) for n in nbytes])
+    world.finish()
+    assert [names(values) for _, values in world.requests] == requests
+
+
 def test_what_comes_to_an_idle_lane_is_spread_over_the_free_slots(world: World) -> None:
     lane = world.lane(spread_above=3)
     world.submit_many(lane, 16)
@@ -245,6 +266,19 @@ def test_what_comes_to_an_idle_lane_is_spread_over_the_free_slots(world: World) 
     world.finish()
     assert sizes(world)[:6] == [4, 4, 4, 4, 3, 2]
     assert sizes(world)[6:10] == [8] * 4, "no larger than max_items"
+
+
+@pytest.mark.parametrize(("count", "requests"), [(3, [3]), (4, [3, 1]), (13, [4, 3, 3, 3]), (32, [8, 8, 8, 8])])
+def test_what_is_spread_is_spread_evenly_and_not_thinly(world: World, count: int, requests: list[int]) -> None:
+    world.submit_many(world.lane(spread_above=3), count)
+    world.finish()
+    assert sizes(world) == requests
+
+
+def test_what_is_spread_is_spread_over_the_slots_that_its_own_lane_may_take(world: World) -> None:
+    world.submit_many(world.lane(spread_above=2, max_in_flight=2), 12)
+    world.finish()
+    assert sizes(world) == [6, 6]
 
 
 def test_what_comes_while_the_endpoint_is_at_work_is_not_spread(world: World) -> None:
@@ -286,6 +320,16 @@ def test_a_batch_of_bad_items_costs_a_bounded_number_of_requests(world: World, n
         index for index, value in enumerate(call.values) if any(carried == [value] for _, carried in world.requests)
     }
     assert [failure.retryable for failure in call.failures if failure] == [index not in alone for index in range(n)]
+
+
+def test_a_request_that_is_too_large_is_split_until_it_is_not(world: World) -> None:
+    call = world.submit_many(world.lane(max_items=16), 16)
+    world.finish(lambda values: Verdict.TOO_LARGE if len(values) > 4 else None)
+    assert call.outcomes.failed_indices() == [] and call.outcomes.retries == 0
+    assert sizes(world) == [16, 8, 4, 4, 8, 4, 4]
+    call = world.submit_many(world.lane(), 1)
+    assert world.finish(lambda _: Verdict.TOO_LARGE) == 1
+    assert call.failures[0] is not None and not call.failures[0].retryable
 
 
 def test_an_item_that_cant_be_prepared_costs_no_request_and_no_neighbour(world: World) -> None:
@@ -394,6 +438,16 @@ def test_a_passing_fault_is_retried_after_a_pause(world: World, verdict: Verdict
     assert all(len(rows) == 1 for rows in world.rows.values())
 
 
+def test_a_retry_of_a_shared_request_counts_for_each_call_in_it_and_once_in_all(world: World) -> None:
+    lane = world.lane()
+    calls = [world.submit_many(lane, count) for count in (1, 2, 3)]
+    alone = world.submit_many(world.lane(), 1)
+    fates = iter([Verdict.TRANSIENT, None, Verdict.OVERLOAD, Verdict.AMBIGUOUS])
+    world.finish(lambda _: next(fates, None))
+    assert [call.outcomes.retries for call in (*calls, alone)] == [3, 3, 3, 0]
+    assert dict(world.core.counts) == {"requests": 5, "retries": 3, "items": 4 * 6 + 1}
+
+
 @pytest.mark.parametrize("verdict", [Verdict.PERMANENT, Verdict.FULL, Verdict.UNEXPECTED])
 def test_what_no_other_attempt_mends_is_sent_once(world: World, verdict: Verdict) -> None:
     call = world.submit_many(world.lane(), 3)
@@ -423,23 +477,41 @@ def test_attempts_are_bounded_but_not_those_rejected_for_overload(world: World) 
     assert call.failures == [None]
 
 
+def test_rejections_for_overload_take_no_attempt_from_those_that_count(world: World) -> None:
+    fates = iter([Verdict.OVERLOAD] * 5 + [Verdict.TRANSIENT] * 2 + [Verdict.OVERLOAD] * 5)
+    call = world.submit_many(world.lane(policy=patient(max_attempts=3)), 1)
+    assert world.finish(lambda _: next(fates, None)) == 13
+    assert call.failures == [None]
+    fates = iter([Verdict.TRANSIENT, Verdict.OVERLOAD, Verdict.TRANSIENT, Verdict.OVERLOAD])
+    call = world.submit_many(world.lane(policy=patient(max_attempts=3)), 1)
+    assert world.finish(lambda _: next(fates, Verdict.TRANSIENT)) == 5
+    assert call.failures[0] is not None and call.failures[0].attempts == 5
+
+
 def test_an_overload_lowers_the_limit_for_all_and_successes_raise_it_again(world: World) -> None:
     lane = world.lane(max_items=1, max_in_flight=8, ceiling=8)
     world.submit_many(lane, 8)
     world.settle_down()
     assert len(world.out) == 8
     for flight in list(world.out):
+        world.now += 0.01  # no two answers come at once
         world.answer(flight, Verdict.OVERLOAD)
     assert world.core.limit.current == 5, "one cut for all that were out together"
+    world.now += 1
+    world.settle_down()
+    assert len(world.out) == 5
+    for flight in list(world.out):
+        world.now += 0.01
+        world.answer(flight, Verdict.OVERLOAD)
+    assert world.core.limit.current == 3, "and one for those that were sent after it"
     world.submit_many(lane, 200)
     peak = 0
     while not world.core.idle:
         world.settle_down()
         peak = max(peak, len(world.out))
+        world.now += 0.1 if world.out else 1
         if world.out:
             world.answer(first(world), None)
-        else:
-            world.now += 1
     assert peak == world.core.limit.current == 8
 
 
@@ -448,6 +520,19 @@ def test_endless_overload_ends_at_the_deadline(world: World) -> None:
     world.finish(lambda _: Verdict.OVERLOAD)
     assert call.failures[0] is not None and call.failures[0].retryable and not call.failures[0].ambiguous
     assert world.now <= 1_000 + 20 + LAST_ATTEMPT_SECONDS
+
+
+def test_an_attempt_has_its_own_time_out_or_what_is_left_and_a_last_one_a_little_more(world: World) -> None:
+    world.submit_many(world.lane(rpc_timeout_seconds=6, policy=patient(deadline_seconds=20)), 1)
+    time_outs = []
+    world.settle_down()
+    while world.out:
+        time_outs.append(world.out[first(world)].timeout_seconds)
+        world.now += min(4, time_outs[-1])
+        world.answer(first(world), Verdict.TRANSIENT)
+        world.advance(1)
+    assert time_outs == pytest.approx([6, 6, 6, 5.1, 0.1])
+    world.check_that_nothing_is_left()
 
 
 def test_a_dead_endpoint_costs_the_deadline_in_all_however_much_waits(world: World) -> None:
@@ -529,6 +614,28 @@ def test_an_old_item_of_one_half_does_not_wait_for_the_patience_of_a_new_one_in_
     world.check_that_nothing_is_left()
 
 
+def test_each_of_a_batch_is_given_up_at_its_own_deadline(world: World) -> None:
+    lane = world.lane(max_in_flight=1, rpc_timeout_seconds=50, policy=patient(wait=tenacity.wait_fixed(0.5)))
+    world.submit_many(lane, 1)
+    world.settle_down()
+    calls = []
+    for _ in range(3):
+        calls.append(world.submit_many(lane, 1))
+        world.advance(5)
+    world.answer(first(world), Verdict.PERMANENT)
+    lasted = []
+    while calls:
+        world.settle_down()
+        if world.out:
+            world.answer(first(world), Verdict.TRANSIENT)
+        if not calls[0].open:
+            lasted.append(world.now - calls.pop(0).submitted_at)
+        else:
+            world.advance(0.05)
+    assert all(20 <= seconds <= 20 + LAST_ATTEMPT_SECONDS + 0.05 for seconds in lasted), lasted
+    world.check_that_nothing_is_left()
+
+
 def test_halves_of_a_refused_batch_go_on_while_the_endpoint_acknowledges(world: World) -> None:
     lane = world.lane(max_items=64, max_in_flight=1, policy=patient(deadline_seconds=10))
     call = world.submit(lane, [Value(bad=index == 63) for index in range(64)])
@@ -561,6 +668,65 @@ def test_a_long_write_that_moves_on_never_meets_the_deadline(world: World) -> No
         world.answer(first(world), None)
         world.settle_down()
     assert not call.outcomes.failed_indices() and world.now > 1_100
+
+
+@pytest.mark.parametrize("verdict", [Verdict.OVERLOAD, Verdict.TRANSIENT, Verdict.AMBIGUOUS])
+def test_one_that_is_refused_again_and_again_is_given_up_only_once_nobody_else_has_moved_on_for_so_long(
+    world: World, verdict: Verdict
+) -> None:
+    refused, served = (world.lane(policy=patient(deadline_seconds=10)) for _ in range(2))
+    call = world.submit_many(refused, 3)
+
+    def answer_all() -> None:
+        world.settle_down()
+        for flight in list(world.out):
+            world.answer(flight, verdict if flight.lane is refused else None)
+
+    while world.now < 1_050:
+        world.submit_many(served, 1)
+        answer_all()
+        assert call.open
+        world.advance(4)
+    while call.open:
+        answer_all()
+        world.advance(0.25)
+    assert world.progress[-1] + 10 <= world.now <= world.progress[-1] + 10 + LAST_ATTEMPT_SECONDS + 0.25
+
+
+def test_nobody_who_waits_for_a_slot_is_given_up_while_others_are_served(world: World) -> None:
+    policy = patient(deadline_seconds=10)
+    narrow = [world.lane(ceiling=1, policy=policy) for _ in range(2)]
+    long = patient(deadline_seconds=1_000)
+    wide = world.lane(ceiling=8, max_in_flight=8, max_items=1, rpc_timeout_seconds=100, policy=long)
+    again = world.submit_many(narrow[0], 1)
+    world.settle_down()
+    world.submit_many(wide, 5)
+    world.settle_down()
+    rejected, slow, *others = world.out
+    world.answer(rejected, Verdict.OVERLOAD)
+    new = world.submit_many(narrow[1], 1)
+    for flight in others:
+        world.advance(7)
+        world.answer(flight, None)
+    world.advance(9.99)
+    assert again.open and new.open and world.now > 1_000 + 3 * 10
+    world.answer(slow, None)
+    world.finish()
+    assert again.failures == new.failures == [None]
+
+
+def test_one_that_waits_for_a_slot_is_given_up_once_nobody_is_served_for_so_long(world: World) -> None:
+    narrow = world.lane(ceiling=1, policy=patient(deadline_seconds=10))
+    wide = world.lane(ceiling=8, rpc_timeout_seconds=100, max_items=1, policy=patient(deadline_seconds=100))
+    world.submit_many(wide, 2)
+    world.settle_down()
+    call = world.submit_many(narrow, 1)
+    world.advance(7)
+    world.answer(first(world), None)
+    world.advance(9.99)
+    assert call.open
+    world.advance(0.02)
+    assert not call.open and isinstance(call.failures[0].error, DeadlinePassedError)  # type: ignore[union-attr]
 
 
 def test_callers_share_a_batch_evenly(world: World) -> None:
@@ -630,6 +796,113 @@ def test_what_is_sent_again_comes_first_but_starves_nobody(world: World) -> None
     world.finish()
 
 
+def order_after(world: World, begun: int) -> list[Lane[Value, str]]:
+    """Serve everything, one request at a time; the lanes of the requests, but for the first `begun`."""
+    world.finish()
+    return [lane for lane, _ in world.requests[begun:]]
+
+
+@pytest.mark.parametrize("verdict", [Verdict.OVERLOAD, Verdict.TRANSIENT, Verdict.AMBIGUOUS])
+def test_what_is_sent_again_goes_first_and_then_what_is_new_in_turns(world: World, verdict: Verdict) -> None:
+    again, new = (world.lane(ceiling=1, max_items=1, policy=patient(deadline_seconds=1_000)) for _ in range(2))
+    world.submit_many(again, 3)
+    for _ in range(3):
+        world.settle_down()
+        world.answer(first(world), verdict)
+    world.submit_many(new, 1)
+    world.settle_down()
+    world.submit_many(new, 3)
+    world.now += 1  # all three want the slot again, while another has it
+    assert order_after(world, begun=4) == [again, new, again, new, again, new]
+    assert [names(values) for lane, values in world.requests[4:] if lane is again] == [[1], [2], [3]]
+
+
+@pytest.mark.parametrize("is_sent_again", [True, False])
+def test_what_waits_under_a_low_ceiling_is_not_overtaken_by_what_is_new_under_a_higher_one(
+    world: World, is_sent_again: bool
+) -> None:
+    narrow, wide = world.lane(ceiling=1), world.lane(ceiling=4, max_items=1)
+    if is_sent_again:
+        world.submit_many(narrow, 1)
+        world.settle_down()
+        world.answer(first(world), Verdict.TRANSIENT)
+    world.submit_many(wide, 4)
+    world.settle_down()
+    begun = len(world.requests)
+    if not is_sent_again:
+        world.submit_many(narrow, 1)
+    world.submit_many(wide, 100)
+    world.now += 1
+    assert order_after(world, begun)[0] is narrow
+
+
+def test_what_is_sent_again_keeps_its_order_past_differing_ceilings(world: World) -> None:
+    narrow, wide, other = world.lane(ceiling=1), world.lane(ceiling=4), world.lane(ceiling=4, exclusive="a file")
+    for lane in (narrow, wide):
+        world.submit_many(lane, 1)
+        world.settle_down()
+        world.answer(first(world), Verdict.TRANSIENT)
+    world.submit_many(other, 1)
+    world.settle_down()
+    world.now += 1
+    world.settle_down()
+    assert [flight.lane for flight in world.out] == [other], "the one with the low ceiling is first"
+    assert order_after(world, begun=3) == [narrow, wide]
+
+
+def test_what_waits_for_another_request_of_its_file_keeps_nobody_from_being_sent_again(world: World) -> None:
+    one, two = (world.lane(exclusive="a file") for _ in range(2))
+    free = world.lane()
+    for lane in (two, free):
+        world.submit_many(lane, 1)
+        world.settle_down()
+        world.answer(first(world), Verdict.TRANSIENT)
+    world.submit_many(one, 1)
+    world.settle_down()
+    world.now += 1
+    world.settle_down()
+    assert [flight.lane for flight in world.out] == [one, free]
+
+
+def test_the_halves_of_a_refused_batch_go_before_others_that_are_sent_again(world: World) -> None:
+    again, halved, new = (world.lane(ceiling=1, policy=patient(deadline_seconds=1_000)) for _ in range(3))
+    world.submit_many(again, 1)
+    world.settle_down()
+    world.answer(first(world), Verdict.TRANSIENT)
+    world.submit(halved, [Value(), Value(bad=True)])
+    world.settle_down()
+    world.submit_many(new, 1)
+    world.now += 1
+    assert order_after(world, begun=2) == [halved, new, halved, again]
+    assert [names(values) for lane, values in world.requests if lane is halved] == [[2, 3], [2], [3]]
+
+
+def test_one_that_wants_a_slot_again_and_is_cancelled_leaves_it_to_the_next(world: World) -> None:
+    """Whether it still waits for the slot, or was given it just now."""
+    for was_given in (False, True):
+        again, other = (world.lane(ceiling=1, abort_when_unwanted=True) for _ in range(2))
+        call = world.submit_many(again, 1)
+        world.settle_down()
+        world.answer(first(world), Verdict.TRANSIENT)
+        world.submit_many(other, 1)
+        world.settle_down()
+        world.now += 1
+        world.settle_down()
+        world.answer(first(world), None)
+        if was_given:
+            world.step()
+            assert [flight.lane for flight in world.out] == [again]
+        later = world.submit_many(other, 1)
+        world.cancel(call)
+        if was_given:
+            world.answer(first(world), Verdict.AMBIGUOUS)  # as it is aborted
+        world.settle_down()
+        assert [flight.lane for flight in world.out] == [other]
+        world.finish()
+        assert later.failures == [None]
+    world.check_that_nothing_is_left()
+
+
 def test_a_lane_whose_calls_were_all_cancelled_bars_nobody(world: World) -> None:
     low, high = world.lane(ceiling=1), world.lane(ceiling=4)
     world.submit_many(low, 1)
@@ -684,14 +957,18 @@ def test_what_is_cancelled_while_it_waits_was_not_sent_and_what_is_under_way_may
     world.check_that_nothing_is_left()
 
 
-def test_a_batch_that_was_given_up_while_it_was_filled_is_not_sent(world: World, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("abort_when_unwanted", [False, True])
+def test_a_batch_that_was_given_up_while_it_was_filled_is_not_sent(
+    world: World, monkeypatch: Any, abort_when_unwanted: bool
+) -> None:
     monkeypatch.setattr(core_module, "_ITEMS_PER_STEP", 2)
-    lane = world.lane()
+    lane = world.lane(abort_when_unwanted=abort_when_unwanted)
     call = world.submit_many(lane, 6)
     while lane.filling is None:
         world.step()
     assert world.core.in_flight == 1
     world.cancel(call)
+    world.check()
     assert all(failure and not failure.ambiguous for failure in call.failures)
     world.settle_down()
     assert not world.requests

@@ -6,7 +6,7 @@ import asyncio
 import pickle
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -32,7 +32,14 @@ from tests.lane_server import (
     make_lane,
     not_ready,
     overload,
+    raise_broken_promises,
 )
+
+
+@pytest.fixture(autouse=True)
+def promises_are_kept() -> Iterator[None]:
+    yield
+    raise_broken_promises()
 
 
 def make_shell(on_retry: Callable[[Retry], object] = lambda _: None) -> Shell:
@@ -324,6 +331,7 @@ def test_every_item_gets_exactly_its_own_outcome(world: Any, seed: int) -> None:
 
         await asyncio.gather(*(call(n, *spec) for n, spec in enumerate(calls)))
         await drained(shell)
+        assert not server.broken
 
         assert all(count == 1 for count in outcomes.values()) and len(outcomes) == len(calls)
         assert server.peak <= min(bounds["ceiling"], bounds["max_in_flight"])

@@ -14,6 +14,8 @@ def test_the_overloads_of_one_volley_cut_it_once() -> None:
     assert limit.current == 5
     limit.overloaded(sent_at=1.9, now=3.0)
     assert limit.current == 5, "it was out before the cut"
+    limit.overloaded(sent_at=2.0, now=3.0)
+    assert limit.current == 5, "it was sent as the first of the others ended"
     limit.overloaded(sent_at=2.5, now=3.0)
     assert limit.current == 3
 
@@ -24,6 +26,11 @@ def test_one_request_is_always_allowed() -> None:
         limit.overloaded(sent_at=second + 0.5, now=second + 1.0)
     assert limit.current == 1
     assert limit.free(in_flight=0, ceiling=8) == 1
+    limits = []
+    for _ in range(4):
+        limit.succeeded(in_flight=limit.current, now=60.0)
+        limits.append(limit.current)
+    assert limits == [2, 2, 2, 3], "however long it was so low, it comes back as slowly"
 
 
 def test_it_grows_by_one_for_a_limits_worth_of_successes_and_never_above_its_maximum() -> None:

@@ -25,7 +25,7 @@ from llama_index_milvus_async_ext._lane.shell import Shell
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
 from tests import programs, waiting
-from tests.lane_server import Item, Server, classify, items, make_lane
+from tests.lane_server import Item, Server, classify, items, make_lane, raise_broken_promises
 
 
 @pytest.fixture
@@ -37,11 +37,16 @@ def io() -> IoThread:
 def shell(io: IoThread) -> Iterator[Shell]:
     shell = Shell(io.loop, classify, lambda _: None, io.takes_turns)
     io.shells.add(shell)
+    unhandled: list[dict[str, Any]] = []
+    io.loop.set_exception_handler(lambda _, context: unhandled.append(context))
     yield shell
     until = time.monotonic() + 5
     while not shell.core.idle and time.monotonic() < until:
         time.sleep(0.01)
+    io.loop.set_exception_handler(None)
     assert shell.core.idle, "something was left under way"
+    assert not unhandled, "asyncio would only log it"
+    raise_broken_promises()
 
 
 def request(shell: Shell, lane: Lane[Item, str], values: list[Item]) -> Request:
@@ -56,12 +61,10 @@ def results_of(submissions: list[Submission[Any]]) -> list[Any]:
 def test_many_loops_in_many_threads_each_get_their_own_results(shell: Shell) -> None:
     server = Server(seconds=0.001)
     lane = make_lane(server, max_items=50)
-    wrong: list[Any] = []
+    answers: list[tuple[int, list[Any]]] = []
 
     async def call(number: int) -> None:
-        found = await LoopPort.current().submit(request(shell, lane, [Item(number)]))
-        if results_of(found) != [f"result of {number}"]:
-            wrong.append(found)
+        answers.append((number, results_of(await LoopPort.current().submit(request(shell, lane, [Item(number)])))))
 
     async def calls(start: int) -> None:
         for _ in range(3):
@@ -72,26 +75,27 @@ def test_many_loops_in_many_threads_each_get_their_own_results(shell: Shell) -> 
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert not wrong
+    assert len(answers) == 6 * 3 * 50
+    assert all(results == [f"result of {number}"] for number, results in answers)
     assert sum(len(batch) for batch in server.batches) == 6 * 3 * 50
 
 
 def test_blocking_calls_of_many_threads_each_get_their_own_results(shell: Shell) -> None:
     lane = make_lane(Server(seconds=0.001), max_items=50)
-    wrong: list[Any] = []
+    answers: list[tuple[int, list[Any]]] = []
 
     def call(number: int) -> None:
         for _ in range(20):
             found = run(ThreadPort().submit(request(shell, lane, [Item(number)]), request(shell, lane, [])))
-            if results_of(found) != [f"result of {number}"]:
-                wrong.append(found)
+            answers.append((number, results_of(found)))
 
     threads = [threading.Thread(target=call, args=(n,)) for n in range(10)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert not wrong
+    assert len(answers) == 10 * 20
+    assert all(results == [f"result of {number}"] for number, results in answers)
 
 
 async def test_a_thousand_calls_of_one_turn_cross_over_together(shell: Shell, io: IoThread, monkeypatch: Any) -> None:

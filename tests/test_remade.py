@@ -11,8 +11,10 @@ from llama_index.core.vector_stores.types import VectorStoreQuery
 from pymilvus import DataType, MilvusClient
 from pymilvus.exceptions import MilvusException
 
-from llama_index_milvus_async_ext import AsyncMilvusVectorStore, WriteError
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy, WriteError
 from tests.conftest import Backend, MakeNodes
+from tests.fault_proxy import FaultProxy
+from tests.faults import rate_limit
 
 
 @pytest.fixture
@@ -48,8 +50,22 @@ def test_what_fits_it_now_is_written_and_found_and_what_fitted_it_before_is_refu
     assert report.written == [node.node_id for node in now]
     assert [failed.node.node_id for failed in report.failed] == [node.node_id for node in before]
     assert "has 8 dimensions, the collection has 16" in str(report.failed[0].error)
+    assert all(failed.attempts >= 1 for failed in report.failed), "by Milvus, and then before they were sent again"
     found = store.query(VectorStoreQuery(query_embedding=now[3].embedding, similarity_top_k=30))
     assert sorted(found.ids or []) == sorted(report.written)
+
+
+def test_the_retries_before_and_after_it_was_noticed_are_added_up(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    quick = RetryPolicy(initial_backoff_seconds=0.001, max_backoff_seconds=0.01)
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=8, retry=quick) as store:
+        assert store.write(make_nodes(1)).ok
+        make_anew(store, 16)
+        proxy.script(rate_limit(), method=("Insert", "Upsert"), on=lambda number: number in (1, 3))
+        report = store.write([*make_nodes(2, dim=16), *make_nodes(1)])
+    assert (len(report.written), report.retries) == (2, 2)
+    assert [failed.attempts for failed in report.failed] == [2]
 
 
 async def test_a_query_that_fits_it_now_is_answered(store: AsyncMilvusVectorStore, make_nodes: MakeNodes) -> None:

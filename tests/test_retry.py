@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from typing import Any
 
 import grpc
@@ -13,7 +14,6 @@ from pymilvus.exceptions import DataNotMatchException, MilvusException, ParamErr
 from pymilvus.grpc_gen import common_pb2
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy
-from llama_index_milvus_async_ext._milvus.codes import CODES
 from llama_index_milvus_async_ext._milvus.errors import (
     QueryError,
     QueryMismatchError,
@@ -23,7 +23,7 @@ from llama_index_milvus_async_ext._milvus.errors import (
     classify,
     fresh,
 )
-from llama_index_milvus_async_ext.retry import Verdict
+from llama_index_milvus_async_ext.retry import Attempts, Verdict
 from tests.conftest import Backend, MakeNodes, lite_address
 from tests.fault_proxy import FaultProxy
 from tests.faults import First, MilvusError, Refuse
@@ -112,19 +112,14 @@ def test_what_is_no_fault_of_the_data_is_tried_again(
         store.close()
 
 
-def test_each_code_is_told_apart_once() -> None:
-    assert len({each.code for each in CODES}) == len(CODES)
-    for each in CODES:
-        assert classify(StatusFailure(each.code, each.name)) is each.verdict
-
-
 def test_a_failure_says_what_the_status_said() -> None:
     status = common_pb2.Status(code=2201, reason="bad plan", error_code=1, retriable=False)
     status.extra_info["is_input_error"] = "true"
     failure = StatusFailure.of(status)
     assert (failure.code, failure.message, failure.compatible_code) == (2201, "bad plan", 1)
     assert failure.blames_input and not failure.may_be_retried and not failure.schema_is_stale
-    assert StatusFailure.of(common_pb2.Status(code=109, error_code=62)).schema_is_stale
+    for code, old_code in ((109, 62), (109, 1), (65535, 62), (1, 62)):  # the old number alone, before Milvus 2.6
+        assert StatusFailure.of(common_pb2.Status(code=code, error_code=old_code)).schema_is_stale
 
 
 def test_a_refused_query_is_caught_as_with_the_plain_store() -> None:
@@ -175,14 +170,64 @@ def test_newer_pymilvus_may_call_a_property_retriable(monkeypatch: pytest.Monkey
     assert classify(copy.copy(failure)) is Verdict.BAD_DATA
 
 
+def attempts(counted: int, verdict: Verdict = Verdict.TRANSIENT, made: int | None = None) -> Attempts:
+    return Attempts(counted, made or max(counted, 1), 0.0, 1.0, 0.0, StatusFailure(101, "not loaded"), verdict)
+
+
+def pauses(policy: RetryPolicy, after: Attempts) -> list[float]:
+    random.seed(7)
+    drawn = [policy.next_pause(after) for _ in range(500)]
+    assert None not in drawn
+    return sorted(pause for pause in drawn if pause is not None)
+
+
+@pytest.mark.parametrize(
+    ("counted", "longest"), [(1, 0.1), (2, 0.2), (3, 0.4), (4, 0.8), (6, 3.2), (7, 5.0), (8, 5.0), (49, 5.0)]
+)
+@pytest.mark.parametrize("verdict", [Verdict.TRANSIENT, Verdict.AMBIGUOUS])
+def test_a_pause_is_drawn_between_nothing_and_a_bound_that_doubles(
+    counted: int, longest: float, verdict: Verdict
+) -> None:
+    drawn = pauses(RetryPolicy(), attempts(counted, verdict, made=counted + 20))  # overloads in between don't count
+    assert 0 <= drawn[0] < 0.02 * longest
+    assert 0.98 * longest < drawn[-1] <= longest
+    assert 0.4 * longest < drawn[250] < 0.6 * longest, "evenly"
+
+
+@pytest.mark.parametrize(("counted", "made"), [(0, 1), (0, 1_000), (49, 60), (50, 60), (51, 60)])
+def test_a_pause_after_an_overload_is_short_however_often_and_never_the_last(counted: int, made: int) -> None:
+    drawn = pauses(RetryPolicy(), attempts(counted, Verdict.OVERLOAD, made))
+    assert 0 <= drawn[0] < 0.01 and 0.49 < drawn[-1] <= 0.5
+
+
+@pytest.mark.parametrize("most", [1, 2, 50])
+def test_the_last_attempt_is_the_one_that_max_attempts_says(most: int) -> None:
+    policy = RetryPolicy(max_attempts=most)
+    for counted in range(1, most):
+        assert policy.next_pause(attempts(counted)) is not None
+    assert policy.next_pause(attempts(most)) is None
+    assert policy.next_pause(attempts(most - 1, made=most + 9)) is not None or most == 1, "overloads do not count"
+
+
+def test_bounds_that_are_equal_or_nothing_are_allowed() -> None:
+    assert set(pauses(RetryPolicy(initial_backoff_seconds=0, max_backoff_seconds=0), attempts(3))) == {0.0}
+    assert pauses(RetryPolicy(initial_backoff_seconds=2.0, max_backoff_seconds=2.0), attempts(1))[-1] <= 2.0
+    assert RetryPolicy(deadline_seconds=1e-9).next_pause(attempts(1)) is not None
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"max_attempts": 0},
-        {"initial_backoff_seconds": -1.0},
-        {"initial_backoff_seconds": 9.0},
+        {"initial_backoff_seconds": -1e-9},
+        {"initial_backoff_seconds": 5.0001},
+        {"initial_backoff_seconds": float("nan")},
+        {"max_backoff_seconds": 0.0999},
         {"max_backoff_seconds": float("inf")},
+        {"max_backoff_seconds": float("nan")},
         {"deadline_seconds": 0.0},
+        {"deadline_seconds": float("inf")},
+        {"deadline_seconds": float("nan")},
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:

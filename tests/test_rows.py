@@ -208,6 +208,16 @@ def test_scalar_and_sparse_columns_are_encoded_as_pymilvus_does(batch: list[Base
     assert milvus_pb2.UpsertRequest.FromString(request) == writes._pymilvus_request("c", "", schema, rows, True)
 
 
+def test_the_size_of_a_row_has_its_numbers_in_it() -> None:
+    plain = TextNode(id_="a", text="text", embedding=[0.5] * DIM)
+    with_number = TextNode(id_="a", text="text", embedding=[0.5] * DIM, metadata={"year": 1_999})
+    schema = Schema(described(FieldSchema("sparse", DataType.SPARSE_FLOAT_VECTOR)))
+    sizes = [encoder(schema, sparse_field="sparse").encode(plain, sparse)[1] for sparse in ({}, {1: 0.5, 70_000: 0.5})]
+    assert sizes[1] - sizes[0] == 2 * (4 + 4), "an index and a value each"
+    row, nbytes = encoder(Schema(described(FieldSchema("year", DataType.INT64)))).encode(with_number)
+    assert nbytes == len("a") + len("None") + len("text") + 8 + len(row.dynamic) + 4 * DIM
+
+
 def test_a_schema_that_the_encoder_does_not_know_goes_through_pymilvus() -> None:
     nullable = described(FieldSchema("maybe", DataType.INT64, nullable=True))
     schema = Schema(nullable)

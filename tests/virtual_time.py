@@ -32,16 +32,27 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
         selector.loop = self
         self.now = 1_000.0
+        self.unhandled: list[BaseException] = []
+        self.set_exception_handler(self._note)
+
+    def _note(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self.unhandled.append(context.get("exception") or RuntimeError(context["message"]))
 
     def time(self) -> float:
         return self.now
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end in virtual time; raises RuntimeError if it hangs."""
+    """Run a coroutine to its end in virtual time; raises RuntimeError if it hangs.
+
+    What a callback raised meanwhile, and nobody handled, is raised too: asyncio would only log it.
+    """
     loop = VirtualTimeLoop()
     try:
-        return loop.run_until_complete(coroutine)
+        result = loop.run_until_complete(coroutine)
+        if loop.unhandled:
+            raise loop.unhandled[0]
+        return result
     finally:
         pending = asyncio.all_tasks(loop)
         for task in pending:

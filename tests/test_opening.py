@@ -18,6 +18,8 @@ from llama_index.vector_stores.milvus.utils import BM25BuiltInFunction
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore
 from tests.conftest import Backend, MakeNodes
+from tests.fault_proxy import FaultProxy
+from tests.faults import First, Refuse
 
 Open = Callable[..., AsyncMilvusVectorStore]
 
@@ -158,3 +160,18 @@ def test_the_list_of_bypassed_hooks_is_that_of_the_installed_upstream() -> None:
     public = {name for name in calls if not name.startswith("_")}
     hooks = {name for name in reached_from(public) if name.startswith("_")}
     assert hooks - reached_from({"__init__"}) == set(BYPASSED_HOOKS)
+
+
+def test_a_store_opens_by_a_connection_that_has_not_heard_yet_that_its_server_is_back(
+    proxy: FaultProxy, collection_name: str
+) -> None:
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=8):
+        proxy.clear()
+        away = ("DescribeCollection", "Connect")
+        proxy.script(Refuse(), method=away, on=First(4))
+        with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=8) as second:
+            assert second.dim == 8
+        assert proxy.counts["Connect"] >= 2
+        proxy.script(Refuse(), method=away)
+        with pytest.raises(Exception, match=f"can't connect to {proxy.uri}: no Milvus server answers there"):
+            AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=8)

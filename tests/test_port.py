@@ -422,6 +422,30 @@ def run_script(script: str) -> subprocess.CompletedProcess[str]:
 
         threading.Thread(target=lambda: asyncio.run(work())).start()
         """,
+        # a request fails in the loop's last turn
+        """
+        failing = asyncio.Event()
+
+        class Closed(Server):
+            async def send(self, *_):
+                print("['result of 0']", flush=True)
+                await failing.wait()
+                raise ValueError("closed")
+
+        ThreadPort().begin(request(shell, make_lane(Closed()), items(1)))
+        begun, go_on = threading.Event(), threading.Event()
+        io.loop.call_later(0.1, lambda: (begun.set(), go_on.wait(10)))
+        begun.wait(10)
+        io.loop.call_soon_threadsafe(failing.set)  # before the end, in the turn that the thread is held in
+
+        def go_on_once_it_ends():
+            while not io.ended:
+                time.sleep(0.01)
+            time.sleep(0.05)  # the thread is told right after
+            go_on.set()
+
+        threading.Thread(target=go_on_once_it_ends, daemon=True).start()
+        """,
         # a later call gets an error
         """
         import atexit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any
 
 from llama_index_milvus_async_ext._lane.core import Core
@@ -46,7 +46,7 @@ class Shell:
         self._on_retry = on_retry
         self._takes_turns = takes_turns
         self._lanes: dict[Hashable, Lane[Any, Any]] = {}
-        self._tasks: dict[Flight[Any], asyncio.Task[Sequence[Any]]] = {}
+        self._tasks: dict[Flight[Any], asyncio.Task[Sequence[Any] | Exception]] = {}
         self._pump_is_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._held = False
@@ -156,17 +156,19 @@ class Shell:
 
     def _send(self, send: Send) -> None:
         flight = send.flight
-        task = self._loop.create_task(flight.lane.send(send.payloads, send.upsert, send.timeout_seconds))
+        sending = flight.lane.send(send.payloads, send.upsert, send.timeout_seconds)
+        task = self._loop.create_task(_answer(sending))
         self._tasks[flight] = task
         task.add_done_callback(lambda task: self._ended(flight, task))
 
-    def _ended(self, flight: Flight[Any], task: asyncio.Task[Sequence[Any]]) -> None:
+    def _ended(self, flight: Flight[Any], task: asyncio.Task[Sequence[Any] | Exception]) -> None:
         del self._tasks[flight]
-        error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if error is not None:
-            without_frames(error)
-        results = task.result() if error is None else None
-        self.core.ended(flight, results, error, self._loop.time())
+        answer = asyncio.CancelledError() if task.cancelled() else task.result()
+        if isinstance(answer, BaseException):
+            without_frames(answer)
+            self.core.ended(flight, None, answer, self._loop.time())
+        else:
+            self.core.ended(flight, answer, None, self._loop.time())
         self._perform()
         self._forget_if_idle(flight.lane)
         self._schedule()
@@ -174,3 +176,14 @@ class Shell:
     def _forget_if_idle(self, lane: Lane[Any, Any]) -> None:
         if lane.key is not None and lane.idle and self._lanes.get(lane.key) is lane:
             del self._lanes[lane.key]
+
+
+async def _answer(sending: Awaitable[Sequence[Any]]) -> Sequence[Any] | Exception:
+    """What became of a request: an error, too, is a result of its task.
+
+    As the task's exception, asyncio would print one that came in the loop's last turn, at the interpreter's exit.
+    """
+    try:
+        return await sending
+    except Exception as error:
+        return error

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 _ATTEMPTS = 6
 _PAUSE_SECONDS = 0.2
+_RECONNECTED_AFTER_SECONDS = 1.5  # gRPC's pause, at the most a second here, and a fifth more by chance
 
 
 def connect(settings: ConnectionSettings) -> Connection:
@@ -37,6 +38,27 @@ def connect(settings: ConnectionSettings) -> Connection:
 def another_client(settings: ConnectionSettings, uri: str) -> MilvusClient:
     """A client of pymilvus's at an address that has been connected to before; raises as `connect`."""
     return _explained(settings, lambda: _attempts(settings)(settings.client, uri))
+
+
+def first_answer(settings: ConnectionSettings, ask: Callable[[], T]) -> T:
+    """The answer to the first question that a store asks, by a connection that others may have opened long ago.
+
+    Raises:
+        ConnectError: The server can't be reached. One that is just back is: such a connection tries again after a
+            second only, and until then says what the last attempt has said.
+    """
+    patiently = tenacity.Retrying(
+        stop=tenacity.stop_after_delay(_RECONNECTED_AFTER_SECONDS),
+        wait=tenacity.wait_fixed(_PAUSE_SECONDS),
+        retry=tenacity.retry_if_exception(_is_unavailable),
+        reraise=True,
+    )
+    try:
+        return patiently(ask)
+    except (MilvusException, grpc.RpcError) as error:
+        if _is_unavailable(error):
+            raise ConnectError(code=2, message=_explanation(settings, error)) from error
+        raise
 
 
 def _attempts(settings: ConnectionSettings) -> tenacity.Retrying:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Awaitable, Callable
 from operator import attrgetter
@@ -20,6 +21,7 @@ from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.endpoint import Endpoint
 from llama_index_milvus_async_ext._milvus.limits import Limits, WriteTarget
+from llama_index_milvus_async_ext._milvus.opening import first_answer
 from llama_index_milvus_async_ext._milvus.quiet import silence_pymilvus
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.session import Connected, close_with
@@ -113,9 +115,11 @@ class OpenStore(MilvusVectorStore):
                 else:
                     wanted = [embedding_field] * enable_dense + [sparse_embedding_field] * enable_sparse
                     connection = endpoint.connection
-                    dim, similarity_metric = fitted(
+                    ask = functools.partial(
+                        fitted,
                         connection.client,
                         lambda: connection.fetch_schema(collection_name, rpc_timeout_seconds),
+                        rpc_timeout_seconds,
                         collection_name,
                         wanted_fields=wanted,
                         embedding_field=embedding_field,
@@ -124,6 +128,7 @@ class OpenStore(MilvusVectorStore):
                         index_config=index_config,
                         is_lite=endpoint.is_lite,
                     )
+                    dim, similarity_metric = first_answer(settings, ask)
                 super().__init__(
                     uri=endpoint.uri,
                     token=settings.token,

@@ -81,6 +81,7 @@ def metric_for_new(metric: str | None, index_config: dict[str, Any] | None) -> s
 def fitted(
     client: MilvusClient,
     fetch_schema: Callable[[], Schema],
+    timeout: float,
     collection: str,
     *,
     wanted_fields: Sequence[str],
@@ -99,6 +100,7 @@ def fitted(
     Args:
         client: A client of the collection's database; asked in this thread.
         fetch_schema: Asks for the collection's schema; called if there is a collection.
+        timeout: Of each question, in seconds: pymilvus would repeat one for minutes.
         collection: Its name.
         wanted_fields: Vector fields that the store needs.
         embedding_field: The one of dense vectors.
@@ -112,7 +114,7 @@ def fitted(
         ValueError: The collection has another dimension or metric than those asked for, or lacks a field.
     """
     asked = metric_for_new(metric, index_config)
-    if not client.has_collection(collection):
+    if not client.has_collection(collection, timeout=timeout):
         return dim, asked
     schema = fetch_schema()
     elsewhere = "or choose another collection_name"

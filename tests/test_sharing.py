@@ -103,6 +103,12 @@ def test_whatever_decides_where_and_as_whom_one_connects_tells_settings_apart(ch
     assert settings(**given) != settings(**(given | change))
 
 
+def test_settings_show_neither_token_nor_options() -> None:
+    settings = ConnectionSettings("https://anne:s3cret@milvus.example:19530", options={"client_key_path": "my.key"})
+    assert settings.token == "anne:s3cret"
+    assert repr(settings) == str(settings) == "ConnectionSettings('https://milvus.example:19530')"
+
+
 def names_of(record: RequestRecord) -> tuple[str, str]:
     """As whom a request came, and to which database."""
     token = base64.b64decode(record.metadata.get("authorization", b"")).decode()

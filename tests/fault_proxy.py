@@ -54,12 +54,14 @@ _CHANNEL_OPTIONS = [
 class RequestRecord:
     """One request that reached the proxy. Times are of `time.monotonic()`; `finished` is None while it is out.
 
-    `rows` are the rows of a write, the queries of a search. `fault` is the fault that struck, `code` the gRPC status
-    that the client got (CANCELLED also where it gave up), None while it is out.
+    `rows` are the rows of a write, the queries of a search. `metadata` is what was sent beside the request, the token
+    and the database among it. `fault` is the fault that struck, `code` the gRPC status that the client got (CANCELLED
+    also where it gave up), None while it is out.
     """
 
     method: str
     rows: int | None
+    metadata: dict[str, str | bytes]
     started: float
     finished: float | None = None
     fault: Fault | None = None
@@ -265,9 +267,8 @@ class FaultProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no t
     def _serve(self, path: str, payload: bytes, context: grpc.ServicerContext) -> bytes:
         method = path.rpartition("/")[2]
         exchange = _Exchange(method, path, payload, context, self._channel, self._patience_seconds)
-        record = RequestRecord(
-            method, row_count(exchange.request) if method in _COUNTED else None, started=time.monotonic()
-        )
+        rows = row_count(exchange.request) if method in _COUNTED else None
+        record = RequestRecord(method, rows, dict(context.invocation_metadata()), started=time.monotonic())
         with self._lock:
             self._records.append(record)
             for key in (method, ""):

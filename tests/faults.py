@@ -211,15 +211,15 @@ def row_count(request: Any) -> int | None:
 
 
 class Held:
-    """A fault: the request reaches Milvus, or meets another fault, once `let_go` is called."""
+    """A fault: the request reaches Milvus, or meets another fault, `then`, once `let_go` is called."""
 
     def __init__(self, then: Fault | None = None) -> None:
-        self._then = then
+        self.then = then
         self._is_free = threading.Event()
 
     def __call__(self, exchange: Exchange) -> bytes:
         self._is_free.wait(60)
-        return exchange.forward() if self._then is None else self._then(exchange)
+        return exchange.forward() if self.then is None else self.then(exchange)
 
     def let_go(self) -> None:
         """Let requests go on, those to come too."""

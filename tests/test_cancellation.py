@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
-from llama_index.core.schema import BaseNode
+from llama_index.core.schema import BaseNode, TextNode
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters, VectorStoreQuery
 from pymilvus import MilvusClient
 
@@ -23,7 +23,7 @@ from tests import programs
 from tests.conftest import MakeNodes
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
-from tests.faults import Drop, Held, MilvusError, Nth, Refuse
+from tests.faults import Drop, Fault, Held, LoseAnswer, MilvusError, Nth, Refuse
 from tests.waiting import until
 
 DIM = 8
@@ -177,6 +177,99 @@ async def test_a_search_that_is_cancelled_while_its_retry_waits_for_a_slot_hurts
         assert await store.async_add(nodes) == [nodes[0].node_id]
         await until(lambda: store.statistics().in_flight == 0)
     assert not [r for r in caplog.records if r.levelname == "ERROR" and not r.name.startswith("grpc")]
+
+
+# --- nobody else is hurt
+
+
+def own_queries(nodes: list[TextNode]) -> list[VectorStoreQuery]:
+    """For each node a query that finds it; all in one group, so that they may share a request."""
+    for place, node in enumerate(nodes):
+        node.embedding = [float(place == number) for number in range(DIM)]
+    ids = [node.node_id for node in nodes]
+    return [VectorStoreQuery(query_embedding=node.embedding, similarity_top_k=1, node_ids=ids) for node in nodes]
+
+
+@pytest.mark.parametrize("fault", [None, Refuse()], ids=["answered", "sent again"])
+@pytest.mark.parametrize("given_up", [{0}, {2}, {4}, {0, 1, 3, 4}], ids=str)
+async def test_a_cancelled_search_spares_the_others_of_its_request(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held, given_up: set[int], fault: Fault | None
+) -> None:
+    store, nodes = make_store(), make_nodes(5, dim=DIM)
+    queries = own_queries(nodes)
+    await store.async_add(nodes)
+    held.then = fault
+    proxy.script(held, method="Search", on=Nth(1))
+    asking = [asyncio.create_task(store.aquery(query)) for query in queries]
+    await until(lambda: proxy.in_flight("Search") == 1)
+    for place in given_up:
+        asking[place].cancel()
+    await asyncio.wait([asking[place] for place in given_up])
+    assert proxy.in_flight("Search") == 1, "the others still wait for it"
+    held.let_go()
+    answers = await asyncio.gather(*asking, return_exceptions=True)
+    for place, answer in enumerate(answers):
+        if place in given_up:
+            assert isinstance(answer, asyncio.CancelledError)
+        else:
+            assert not isinstance(answer, BaseException) and answer.ids == [nodes[place].node_id]
+    assert [record.rows for record in proxy.requests_of("Search")] == [5] + [5 - len(given_up)] * (fault is not None)
+
+
+async def test_a_search_that_is_cancelled_while_it_waits_spares_those_that_wait_with_it(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held
+) -> None:
+    store, nodes = make_store(max_concurrency=1), make_nodes(5, dim=DIM)
+    queries = own_queries(nodes)
+    await store.async_add(nodes)
+    proxy.script(held, method="Search")
+    under_way = asyncio.create_task(store.aquery(query_of("another")))
+    await until(lambda: proxy.in_flight("Search") == 1)
+    waiting = [asyncio.create_task(store.aquery(query)) for query in queries]
+    await until(lambda: store.statistics().waiting == 5)
+    waiting[1].cancel()
+    await asyncio.wait([waiting[1]])
+    held.let_go()
+    del waiting[1], nodes[1]
+    assert [answer.ids for answer in await asyncio.gather(*waiting)] == [[node.node_id] for node in nodes]
+    assert (await under_way).ids == []
+    assert [record.rows for record in proxy.requests_of("Search")] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("fault", "rows", "lands"),
+    [(None, [12], True), (Refuse(), [12, 6], False), (LoseAnswer(), [12, 6], True)],
+    ids=["acknowledged", "refused", "answer lost"],
+)
+async def test_a_cancelled_write_spares_the_others_of_its_request(
+    proxy: FaultProxy,
+    make_store: Any,
+    make_nodes: MakeNodes,
+    held: Held,
+    fault: Fault | None,
+    rows: list[int],
+    lands: bool,
+) -> None:
+    store, nodes = make_store(), make_nodes(12, dim=DIM)
+    held.then = fault
+    proxy.script(held, method=WRITES, on=Nth(1))
+    parts = [nodes[start : start + 2] for start in range(0, 12, 2)]
+    writing = [asyncio.create_task(store.awrite(part)) for part in parts]
+    await until(lambda: proxy.in_flight() == 1)
+    for task in writing[::2]:
+        task.cancel()
+    for task, part in zip(writing[::2], parts[::2], strict=True):
+        with pytest.raises(asyncio.CancelledError) as raised:
+            await task
+        check(WriteReport.of(raised.value), part, unknown=list(part))
+    held.let_go()
+    for report, part in zip(await asyncio.gather(*writing[1::2]), parts[1::2], strict=True):
+        assert report.ok and report.written == [node.node_id for node in part]
+    await until(lambda: store.statistics().in_flight == 0)
+    assert store.statistics().waiting == 0
+    assert [record.rows for record in proxy.requests_of(*WRITES)] == rows
+    stored = {node.node_id for node in store.get_nodes(node_ids=[node.node_id for node in nodes])}
+    assert stored == {node.node_id for place, part in enumerate(parts) for node in part if place % 2 or lands}
 
 
 # --- the report is there

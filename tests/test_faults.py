@@ -458,25 +458,6 @@ async def test_overload_slows_down_without_an_error_and_recovers(
 # --- cancellation
 
 
-async def test_cancelling_one_caller_leaves_the_others_alone(
-    backend: Backend, fault_proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes
-) -> None:
-    store = make_store()
-    mine, theirs = make_nodes(20, dim=DIM), make_nodes(20, dim=DIM)
-    fault_proxy.script(Delay(0.5), method=WRITES, on=Nth(1))
-    kept = [asyncio.create_task(store.async_add([node])) for node in theirs]
-    given_up = [asyncio.create_task(store.async_add([node])) for node in mine]
-    await asyncio.sleep(0.2)
-    for task in given_up:
-        task.cancel()
-    ended = await asyncio.gather(*given_up, return_exceptions=True)
-    assert all(isinstance(end, asyncio.CancelledError) for end in ended)
-    assert await asyncio.gather(*kept) == [[node.node_id] for node in theirs]
-    await asyncio.sleep(0.1)
-    statistics = store.statistics()
-    assert (statistics.in_flight, statistics.waiting) == (0, 0)
-
-
 async def test_a_cancelled_search_is_aborted(fault_proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes) -> None:
     store, nodes = make_store(rpc_timeout_seconds=30), make_nodes(5, dim=DIM)
     await store.async_add(nodes)

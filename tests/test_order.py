@@ -64,7 +64,13 @@ async def texts_of(store: AsyncMilvusVectorStore, node_id: str) -> list[str]:
 @pytest.mark.parametrize("fault", MENDABLE)
 @pytest.mark.parametrize(
     "difference",
-    [{"batch_size": 100}, {"retry": RetryPolicy(deadline_seconds=31)}, {"upsert_mode": False}, {"max_concurrency": 4}],
+    [
+        {"batch_size": 100},
+        {"retry": RetryPolicy(deadline_seconds=31)},
+        {"upsert_mode": False},
+        {"max_concurrency": 4},
+        {"token": "another:user", "db_name": "default"},  # another connection, to the same collection
+    ],
     ids=lambda difference: next(iter(difference)),
 )
 async def test_the_later_of_two_stores_that_differ_wins(

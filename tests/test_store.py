@@ -509,12 +509,15 @@ def test_settings_that_are_changed_count_from_the_next_call(make_store: Any, mak
     assert store.statistics().requests - before == 2
 
 
-def test_a_plain_store_is_taken_over_with_its_connection(make_upstream: Any, make_nodes: MakeNodes) -> None:
+def test_a_plain_store_is_taken_over_with_its_connection(
+    make_upstream: Any, make_nodes: MakeNodes, backend: Backend
+) -> None:
     upstream = make_upstream(similarity_metric="L2", token="root:Milvus")
     store = AsyncMilvusVectorStore.from_vector_store(upstream, max_concurrency=2)
     store.add(make_nodes(5, dim=DIM))
     assert len(upstream.get_nodes(node_ids=[n.node_id for n in make_nodes(5, dim=DIM)])) == 0  # other ids each time
     assert count(store) == 5
+    assert store.uri == backend.uri
     assert store.similarity_metric == "L2"
     assert store.max_concurrency == 2
     assert AsyncMilvusVectorStore.from_vector_store(store) is store

@@ -11,11 +11,14 @@ from llama_index_milvus_async_ext._milvus.endpoint import Call, Endpoint
 from llama_index_milvus_async_ext._milvus.errors import DeadlineError, fresh
 from llama_index_milvus_async_ext._milvus.schema import Schema
 from llama_index_milvus_async_ext._milvus.session import Connected
+from llama_index_milvus_async_ext._queries.filters import keys_expression
 
 if TYPE_CHECKING:
     from llama_index_milvus_async_ext._store.open_store import OpenStore
 
 T = TypeVar("T")
+
+_IDS_PER_REQUEST = 1_000
 
 
 async def call(store: OpenStore, connected: Connected, port: Port, what: Call[T], changes: bool = False) -> T:
@@ -67,23 +70,47 @@ def raise_failure(submission: Submission[Any]) -> None:
 
 
 def delete(collection: str, expression: str, partition: str | None, options: dict[str, Any]) -> Call[None]:
-    """Delete what matches."""
+    """Delete what matches, in one partition or in all."""
 
     async def run(endpoint: Endpoint, timeout: float) -> None:
-        await endpoint.connection.in_thread(
-            endpoint.connection.client.delete,
-            collection_name=collection,
-            filter=expression,
-            partition_name=partition,
-            timeout=timeout,
-            **{"retry_on_rate_limit": False, **options},
-        )
+        expressions = [expression]
+        if partition and endpoint.is_lite:
+            # Milvus Lite takes the rows of other partitions as well (3.2.2): it gets the keys of this one's.
+            expressions = await _key_expressions(endpoint, collection, expression, partition, timeout)
+        for each in expressions:
+            await endpoint.connection.in_thread(
+                endpoint.connection.client.delete,
+                collection_name=collection,
+                filter=each,
+                partition_name=partition,
+                timeout=timeout,
+                **{"retry_on_rate_limit": False, **options},
+            )
 
     return run
 
 
-def query(collection: str, expression: str, partitions: Sequence[str] | None) -> Call[list[dict[str, Any]]]:
-    """Look up what matches."""
+async def _key_expressions(
+    endpoint: Endpoint, collection: str, expression: str, partition: str, timeout: float
+) -> list[str]:
+    """What names the rows of a partition that match, by their keys."""
+    schema = endpoint.connection.known_schema(collection)
+    if schema is None:
+        schema = await endpoint.refreshed_schema(collection)(endpoint, timeout)
+    key = schema.primary_key
+    rows = await query(collection, expression, [partition], [key.name])(endpoint, timeout)
+    return [keys_expression(key, some) for some in slices([row[key.name] for row in rows])]
+
+
+def slices(ids: Sequence[T]) -> list[Sequence[T]]:
+    """The ids, in as many parts as it takes requests to name them."""
+    return [ids[start : start + _IDS_PER_REQUEST] for start in range(0, len(ids), _IDS_PER_REQUEST)]
+
+
+def query(
+    collection: str, expression: str, partitions: Sequence[str] | None, fields: Sequence[str] | None = None
+) -> Call[list[dict[str, Any]]]:
+    """Look up what matches: these fields of it, or all."""
 
     async def run(endpoint: Endpoint, timeout: float) -> list[dict[str, Any]]:
         with endpoint.reloading(collection):
@@ -91,6 +118,7 @@ def query(collection: str, expression: str, partitions: Sequence[str] | None) ->
                 endpoint.connection.client.query,
                 collection_name=collection,
                 filter=expression,
+                output_fields=fields,
                 partition_names=partitions,
                 timeout=timeout,
                 retry_on_rate_limit=False,

@@ -18,8 +18,6 @@ from llama_index_milvus_async_ext._store import calls
 if TYPE_CHECKING:
     from llama_index_milvus_async_ext._store.open_store import OpenStore
 
-_IDS_PER_REQUEST = 1_000
-
 
 async def delete_documents(
     store: OpenStore,
@@ -30,7 +28,9 @@ async def delete_documents(
 ) -> None:
     """Delete all nodes of documents."""
     ids = [ref_doc_id] if isinstance(ref_doc_id, str) else ref_doc_id
-    await _delete(store, connected, port, [ids_expression(store.doc_id_field, some) for some in _slices(ids)], options)
+    await _delete(
+        store, connected, port, [ids_expression(store.doc_id_field, some) for some in calls.slices(ids)], options
+    )
 
 
 async def delete_nodes(
@@ -97,14 +97,10 @@ async def _expressions(
         return [matching], (await calls.schema(store, connected, port)).primary_key.name
     schema = await calls.schema(store, connected, port)
     try:
-        expressions = [keys_expression(schema.primary_key, some) for some in _slices(node_ids)]
+        expressions = [keys_expression(schema.primary_key, some) for some in calls.slices(node_ids)]
     except QueryMismatchError:
         now = await calls.schema_again(store, connected, port, schema)
-        expressions = [keys_expression(now.primary_key, some) for some in _slices(node_ids)]
+        expressions = [keys_expression(now.primary_key, some) for some in calls.slices(node_ids)]
         schema = now
     named = [f"{each} and ({matching})" if matching else each for each in expressions]
     return named, schema.primary_key.name
-
-
-def _slices(ids: Sequence[str]) -> list[Sequence[str]]:
-    return [ids[start : start + _IDS_PER_REQUEST] for start in range(0, len(ids), _IDS_PER_REQUEST)]

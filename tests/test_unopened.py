@@ -20,7 +20,7 @@ from tests.conftest import MakeNodes
 from tests.fault_proxy import FaultProxy
 from tests.faults import Fault, MilvusError, Nth, Refuse
 from tests.leftovers import is_free, nothing_is_left_of
-from tests.waiting import until
+from tests.waiting import blocked_until, until
 
 DIM = 8
 
@@ -160,14 +160,8 @@ def test_ctrl_c_while_a_file_is_opened_leaves_it_free(tmp_path: Path) -> None:
             may_open.wait(20)
 
     def press() -> None:
-        until_is_opening()
+        blocked_until(lambda: any(thread.name == "milvus-open" for thread in threading.enumerate()))
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-
-    def until_is_opening() -> None:
-        for _ in range(1_000):
-            if any(thread.name == "milvus-open" for thread in threading.enumerate()):
-                return
-            may_open.wait(0.01)
 
     threads = [threading.Thread(target=keep_waiting), threading.Thread(target=press)]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it

@@ -8,23 +8,28 @@ import json
 import os
 import signal
 import sys
+import threading
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import anyio
+import grpc
 import pytest
+from llama_index.core.bridge.pydantic import Field
 from llama_index.core.schema import BaseNode, TextNode
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters, VectorStoreQuery
 from pymilvus import MilvusClient
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy, WriteReport
+from llama_index_milvus_async_ext._lane.items import CancelledCallError
+from llama_index_milvus_async_ext._lane.thread_port import Voyage
 from tests import programs
 from tests.conftest import MakeNodes
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
 from tests.faults import Drop, Fault, Held, LoseAnswer, MilvusError, Nth, Refuse
-from tests.waiting import until
+from tests.waiting import blocked_until, until
 
 DIM = 8
 WRITES = ("Insert", "Upsert")
@@ -452,6 +457,186 @@ async def test_ctrl_c_leaves_the_report(proxy: FaultProxy, make_store: Any, held
         said = await asyncio.to_thread(child.stdout.read)
     ids = [f"{prefix}-{number}" for number in range(30)]
     assert json.loads(said) == [ids[:10], ids[10:20], ids[20:]]
+
+
+# --- blocking calls
+
+
+@contextlib.contextmanager
+def ctrl_c_once(condition: Callable[[], bool]) -> Iterator[None]:
+    """Ctrl-C in the main thread, once it waits for an outcome and a condition holds."""
+    main = threading.main_thread().ident or 0
+
+    def is_due() -> bool:
+        return sys._current_frames()[main].f_code is Voyage.wait.__code__ and condition()
+
+    def press() -> None:
+        for _ in range(2):  # in case it had only just begun to wait
+            blocked_until(is_due)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+
+
+class PacedEmbedding(HashEmbedding):
+    """A model that works on ten texts at a time, each once the next function of `before` has returned."""
+
+    dim: int = DIM
+    embed_batch_size: int = 10
+    num_workers: int | None = 1
+    before: list[Callable[[], None]] = Field(default_factory=list)
+
+    def _embed(self, texts: list[str]) -> list[list[float]]:
+        if self.before:
+            self.before.pop(0)()
+        return super()._embed(texts)
+
+
+BLOCKING_WRITES: dict[str, Callable[[AsyncMilvusVectorStore, list[Any]], Any]] = {
+    "write": lambda store, nodes: store.write(nodes),
+    "add": lambda store, nodes: store.add(nodes),
+    "a writer": lambda store, nodes: AsyncMilvusWriter(store)(nodes),
+}
+
+
+def nothing_more_is_sent(proxy: FaultProxy, store: AsyncMilvusVectorStore, nodes: list[Any], sent: list[Any]) -> None:
+    """What was given up is neither sent later nor in the way of others; of these nodes, those sent are stored."""
+    assert store.statistics().waiting == 0
+    requests = len(proxy.requests_of(*WRITES))
+    blocked_until(lambda: store.statistics().in_flight == 0)
+    later = nodes[0].model_copy(update={"id_": uuid.uuid4().hex, "embedding": [0.5] * DIM})
+    assert store.add([later]) == [later.node_id]
+    assert len(proxy.requests_of(*WRITES)) == requests + 1, "what had waited would have been sent before"
+    stored = store.get_nodes(node_ids=[node.node_id for node in nodes])
+    assert sorted(node.node_id for node in stored) == sorted(node.node_id for node in sent)
+
+
+@pytest.mark.parametrize("call", BLOCKING_WRITES)
+def test_ctrl_c_cancels_what_a_blocking_write_has_not_sent(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held, call: str
+) -> None:
+    store, nodes = make_store(batch_size=10), make_nodes(30, dim=DIM)
+    proxy.script(held, method=WRITES, on=Nth(2))
+    with (
+        pytest.raises(KeyboardInterrupt) as pressed,
+        ctrl_c_once(lambda: len(proxy.requests_of(*WRITES)) == 2 and store.statistics().waiting == 10),
+    ):
+        BLOCKING_WRITES[call](store, nodes)
+    check_the_first_ten_are_written(WriteReport.of(pressed.value), nodes)
+    held.let_go()
+    nothing_more_is_sent(proxy, store, nodes, sent=nodes[:20])
+
+
+def test_ctrl_c_cancels_what_a_writer_has_handed_over_part_by_part(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held
+) -> None:
+    store, nodes = make_store(batch_size=10), make_nodes(30, dim=DIM)
+    for node in nodes:
+        node.embedding = None
+    proxy.script(held, method=WRITES, on=Nth(2))
+
+    def requests_are(count: int) -> Callable[[], None]:
+        return lambda: blocked_until(lambda: len(proxy.requests_of(*WRITES)) == count)
+
+    writer = AsyncMilvusWriter(store, PacedEmbedding(before=[requests_are(0), requests_are(1), requests_are(2)]))
+    with pytest.raises(KeyboardInterrupt) as pressed, ctrl_c_once(lambda: store.statistics().waiting == 10):
+        writer(nodes)
+    check_the_first_ten_are_written(writer.last_report, nodes)
+    assert WriteReport.of(pressed.value) is writer.last_report
+    held.let_go()
+    nothing_more_is_sent(proxy, store, nodes, sent=nodes[:20])
+
+
+def check_the_first_ten_are_written(report: WriteReport | None, nodes: list[Any]) -> None:
+    """And the next ten were under way, and those after them waited."""
+    assert report is not None
+    assert report.written == [node.node_id for node in nodes[:10]]
+    assert [f.node for f in report.unknown] == nodes[10:20]
+    assert [f.node for f in report.failed] == nodes[20:]
+
+
+async def test_ctrl_c_aborts_a_blocking_search(proxy: FaultProxy, make_store: Any) -> None:
+    store = make_store()
+    proxy.script(Drop(), method="Search")
+    with pytest.raises(KeyboardInterrupt), ctrl_c_once(lambda: proxy.in_flight("Search") == 1):
+        store.query(query_of("any"))
+    await until(lambda: proxy.requests_of("Search")[0].code is grpc.StatusCode.CANCELLED)
+    await until(lambda: store.statistics().in_flight == 0)
+
+
+class CalledOffError(BaseException):
+    """No error of a kind that is kept for the report."""
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_writer_that_ends_with_an_error_cancels_what_it_has_not_sent(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held, is_async: bool
+) -> None:
+    store, nodes = make_store(batch_size=10), make_nodes(60, dim=DIM)
+    for node in nodes:
+        node.embedding = None
+    proxy.script(held, method=WRITES)
+
+    def call_off() -> None:
+        blocked_until(lambda: store.statistics().waiting == 10)
+        raise CalledOffError
+
+    def until_the_first_is_sent() -> None:
+        blocked_until(lambda: proxy.in_flight() == 1)
+
+    model = PacedEmbedding(before=[lambda: None, until_the_first_is_sent, call_off])
+    writer = AsyncMilvusWriter(store, model)
+    with pytest.raises(CalledOffError) as ended:
+        if is_async:
+            asyncio.run(writer.acall(nodes))
+        else:
+            writer(nodes)
+    report = writer.last_report
+    check(report, nodes, unknown=nodes[:10])
+    assert report is not None and WriteReport.of(ended.value) is report
+    assert all(isinstance(f.error, CancelledCallError) for f in (*report.unknown, *report.failed))
+    held.let_go()
+    nothing_more_is_sent(proxy, store, nodes, sent=nodes[:10])
+    assert model.calls == 2, "nothing was embedded after that"
+
+
+async def test_a_writer_that_ends_with_an_error_leaves_nothing_with_the_model(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes
+) -> None:
+    texts_given_up: list[int] = []
+
+    class Remote(HashEmbedding):
+        async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+            embeddings = self._embed(texts)
+            if self.calls == 1:
+                return embeddings
+            if self.calls == 2:
+                await until(lambda: self.calls == 4)
+                raise CalledOffError
+            try:
+                await asyncio.Event().wait()
+            finally:
+                texts_given_up.append(len(texts))
+            raise AssertionError("it goes on")
+
+    store, nodes = make_store(), make_nodes(100, dim=DIM)
+    for node in nodes:
+        node.embedding = None
+    model = Remote(dim=DIM, embed_batch_size=10)
+    writer = AsyncMilvusWriter(store, model)
+    with pytest.raises(CalledOffError):
+        await writer.acall(nodes)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert model.calls == 4 and texts_given_up == [10, 10]
+    check(writer.last_report, nodes, unknown=[])
+    assert not proxy.requests_of(*WRITES)
 
 
 def test_an_error_that_has_nothing_to_do_with_a_write_has_no_report() -> None:

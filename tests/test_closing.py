@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import socket
 import subprocess
 import sys
 import threading
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters, VectorStoreQuery
 from pymilvus import MilvusClient
 
-from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy
 from tests.conftest import MakeNodes, lite_address
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
 from tests.faults import Held, Nth
+from tests.leftovers import UNSHARED, connections_to, is_counted, nothing_is_left_of
 from tests.waiting import until
 
 DIM = 8
@@ -252,6 +255,72 @@ async def test_closing_waits_for_a_writer_that_still_embeds(
     await closing
     assert writer.last_report is not None
     assert writer.last_report.written == [node.node_id for node in nodes]
+
+
+# --- what is left
+
+
+async def test_the_last_store_of_an_address_closes_its_connections_and_those_before_it_only_their_own(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    def opened(**settings: Any) -> AsyncMilvusVectorStore:
+        unshared = {"consistency_level": "Strong", "grpc_options": UNSHARED}
+        return AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM, **unshared, **settings)
+
+    async def has_connections(count: int) -> None:
+        await until(lambda: connections_to(proxy) == count)
+
+    stores = [opened(), opened(batch_size=10), opened(token="root:Milvus")]
+    await has_connections(3 + 2)  # each store's, and one for those that are connected alike
+    for left in (4, 2):
+        store = stores.pop(0)
+        await store.aclose()
+        store.close()  # once more: it counts once
+        await has_connections(left)
+        for other in stores:
+            assert len(await other.async_add(make_nodes(1, dim=DIM))) == 1
+            assert len((await other.aquery(VectorStoreQuery(query_embedding=[0.5] * DIM, similarity_top_k=1))).ids) == 1
+    requests = stores[0].statistics().requests
+    assert requests > 0
+    stores.append(opened())
+    assert stores[1].statistics().requests == requests, "the address is known as long as one store is open"
+    for store in stores:
+        store.close()
+    await until(lambda: nothing_is_left_of(proxy))
+    with opened() as anew:
+        assert anew.statistics().requests == 0
+        assert len(await anew.async_add(make_nodes(1, dim=DIM))) == 1
+
+
+async def test_a_dropped_store_closes_its_connections(proxy: FaultProxy, collection_name: str) -> None:
+    first = AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM)
+    second = AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM)
+    connected = weakref.ref(first.live())
+    del first
+    gc.collect()
+    await until(lambda: connected() is None)
+    assert (await second.awrite([])).ok and is_counted(proxy.uri, proxy.address)
+    del second
+    gc.collect()
+    await until(lambda: nothing_is_left_of(proxy))
+
+
+async def test_a_closed_store_keeps_nothing_in_memory(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    policy = RetryPolicy(deadline_seconds=0.5)  # until then, the loop's timer for it knows the shell
+    store = AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM, retry=policy)
+    await store.async_add(make_nodes(5, dim=DIM))
+    endpoint = store.live().endpoint
+    refs = [weakref.ref(each) for each in (store, endpoint, endpoint.shell, endpoint.connection)]
+    await store.aclose()
+    del store, endpoint
+
+    def are_gone() -> bool:
+        gc.collect()
+        return not any(ref() for ref in refs)
+
+    await until(are_gone)
 
 
 # --- opening

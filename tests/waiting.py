@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 
@@ -12,4 +13,13 @@ async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
         if condition():
             return
         await asyncio.sleep(0.01)
+    raise AssertionError(f"it did not happen in {seconds:g} seconds")
+
+
+def blocked_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """As `until`, for a thread."""
+    for _ in range(int(seconds / 0.01)):
+        if condition():
+            return
+        time.sleep(0.01)
     raise AssertionError(f"it did not happen in {seconds:g} seconds")

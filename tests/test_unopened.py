@@ -1,0 +1,183 @@
+"""A store that could not be opened leaves nothing behind: no connection, no lock on a file, no count of it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from llama_index.core.bridge.pydantic import ValidationError
+from pymilvus import MilvusClient, MilvusException
+
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore
+from llama_index_milvus_async_ext._milvus import lite
+from tests.conftest import MakeNodes
+from tests.fault_proxy import FaultProxy
+from tests.faults import Fault, MilvusError, Nth, Refuse
+from tests.leftovers import is_free, nothing_is_left_of
+from tests.waiting import blocked_until, until
+
+DIM = 8
+
+
+class CalledOffError(BaseException):
+    """No error of a kind that anybody catches."""
+
+
+class Failing(AsyncMilvusVectorStore):
+    """A store whose opening ends when upstream's constructor, midway, asks for the index of the new collection."""
+
+    def _add_dense_index_params(self, index_params: Any) -> Any:
+        raise CalledOffError
+
+
+@pytest.fixture
+def lite_client(lite_uri: str) -> Iterator[MilvusClient]:
+    """A client beside the proxy."""
+    with contextlib.closing(MilvusClient(lite_uri)) as client:
+        yield client
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[BaseException]]] = {
+    "another dimension": ({"dim": DIM + 1}, ValueError),
+    "another metric": ({"similarity_metric": "L2"}, ValueError),
+    "a field that is missing": ({"embedding_field": "other"}, ValueError),
+    "no dimension for a new collection": ({"collection_name": "new", "dim": None}, ValueError),
+    "a dimension that Milvus refuses": ({"collection_name": "new", "dim": -1}, MilvusException),
+    "a level that pymilvus refuses": ({"collection_name": "new", "consistency_level": "No"}, MilvusException),
+    "fields that upstream refuses": (
+        {"collection_name": "new", "scalar_field_names": ["a"], "scalar_field_types": []},
+        ValueError,
+    ),
+    "a type that pydantic refuses": ({"scalar_field_names": ["a"], "scalar_field_types": ["b"]}, ValidationError),
+}
+
+
+@pytest.mark.parametrize("where", ["at an address", "in a file"])
+@pytest.mark.parametrize("what", REFUSED)
+async def test_refused_arguments_leave_nothing_behind(
+    proxy: FaultProxy, collection_name: str, tmp_path: Path, make_nodes: MakeNodes, what: str, where: str
+) -> None:
+    path = tmp_path / "own.db"
+    arguments = {
+        "uri": proxy.uri if where == "at an address" else str(path),
+        "collection_name": collection_name,
+        "dim": DIM,
+    }
+    changes, kind = REFUSED[what]
+    AsyncMilvusVectorStore(**arguments).close()
+    for _ in range(2):
+        with pytest.raises(kind) as refused:
+            AsyncMilvusVectorStore(**(arguments | changes))
+        # Its frames are held here, and what is in them: so nothing is freed by chance.
+        assert refused.traceback
+        await until(lambda: nothing_is_left_of(proxy) if where == "at an address" else is_free(path))
+    with AsyncMilvusVectorStore(**arguments) as store:
+        assert len(store.add(make_nodes(3, dim=DIM))) == 3
+
+
+@pytest.mark.parametrize("fault", [MilvusError(1100, "not today"), Refuse(grpc.StatusCode.DEADLINE_EXCEEDED)])
+@pytest.mark.parametrize("is_new", [True, False])
+async def test_a_server_that_refuses_any_of_the_requests_leaves_nothing_behind(
+    lite_client: MilvusClient,
+    proxy: FaultProxy,
+    collection_name: str,
+    make_nodes: MakeNodes,
+    is_new: bool,
+    fault: Fault,
+) -> None:
+    def opened() -> AsyncMilvusVectorStore:
+        return AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM, similarity_metric="IP")
+
+    opened().close()
+    refused_methods = set()
+    for number in range(1, 50):
+        await until(lambda: nothing_is_left_of(proxy))
+        if is_new:
+            lite_client.drop_collection(collection_name)
+        proxy.clear()
+        script = proxy.script(fault, on=Nth(number))
+        try:
+            store = opened()
+        except Exception as error:
+            assert script.struck
+            refused_methods.add(proxy.requests[number - 1].method)
+            del error
+            continue
+        proxy.heal()
+        assert len(store.add(make_nodes(1, dim=DIM))) == 1
+        store.close()
+        if not script.struck:
+            break
+    else:
+        raise AssertionError("it never was opened")
+    assert refused_methods >= {"Connect", "DescribeCollection", *(["CreateCollection", "CreateIndex"] * is_new)}
+
+
+@pytest.mark.parametrize("where", ["at an address", "in a file"])
+async def test_an_opening_that_ends_midway_by_whatever_error_leaves_nothing_behind(
+    proxy: FaultProxy, collection_name: str, tmp_path: Path, make_nodes: MakeNodes, where: str
+) -> None:
+    path = tmp_path / "own.db"
+    uri = proxy.uri if where == "at an address" else str(path)
+    with pytest.raises(CalledOffError) as ended:
+        Failing(uri, collection_name=collection_name, dim=DIM)
+    assert ended.traceback
+    await until(lambda: nothing_is_left_of(proxy) if where == "at an address" else is_free(path))
+    with AsyncMilvusVectorStore(uri, collection_name=collection_name, dim=DIM) as store:
+        assert len(store.add(make_nodes(3, dim=DIM))) == 3
+
+
+async def test_of_two_stores_one_that_could_not_be_opened_closes_nothing_of_the_other(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM) as store:
+        for _ in range(3):
+            with pytest.raises(ValueError, match="dimension"):
+                AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM + 1)
+        assert len(store.add(make_nodes(3, dim=DIM))) == 3
+    await until(lambda: nothing_is_left_of(proxy))
+
+
+def test_a_limit_that_makes_no_sense_costs_no_request(proxy: FaultProxy) -> None:
+    with pytest.raises(ValueError, match="batch_size"):
+        AsyncMilvusVectorStore(proxy.uri, dim=DIM, batch_size=0)
+    assert not proxy.requests and nothing_is_left_of(proxy)
+
+
+def test_ctrl_c_while_a_file_is_opened_leaves_it_free(tmp_path: Path) -> None:
+    path = tmp_path / "own.db"
+    may_open, is_waiting = threading.Event(), threading.Event()
+
+    def keep_waiting() -> None:
+        with lite.files:  # as somebody who lets go of another file
+            is_waiting.set()
+            may_open.wait(20)
+
+    def press() -> None:
+        blocked_until(lambda: any(thread.name == "milvus-open" for thread in threading.enumerate()))
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    threads = [threading.Thread(target=keep_waiting), threading.Thread(target=press)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
+    try:
+        threads[0].start()
+        assert is_waiting.wait(5)
+        threads[1].start()
+        with pytest.raises(KeyboardInterrupt):
+            AsyncMilvusVectorStore(str(path), dim=DIM)
+    finally:
+        may_open.set()
+        for thread in threads:
+            thread.join()
+        signal.signal(signal.SIGINT, before)
+    closing = [thread for thread in threading.enumerate() if thread.name in ("milvus-open", "milvus-close")]
+    for thread in closing:
+        thread.join(20)
+    assert is_free(path)
+    AsyncMilvusVectorStore(str(path), dim=DIM).close()

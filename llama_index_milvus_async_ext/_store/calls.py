@@ -75,8 +75,7 @@ def delete(collection: str, expression: str, partition: str | None, options: dic
             collection_name=collection,
             filter=expression,
             partition_name=partition,
-            timeout=timeout,
-            **{"retry_on_rate_limit": False, **options},
+            **{"timeout": timeout, "retry_on_rate_limit": False, **options},
         )
 
     return run

@@ -183,6 +183,18 @@ async def test_a_bad_node_fails_alone_and_is_named(make_store: Any, make_nodes: 
     assert raised.value.report.written == report.written
 
 
+async def test_in_a_session_all_that_was_written_before_is_seen(make_store: Any, make_nodes: MakeNodes) -> None:
+    """But not what was deleted: the 2.3.5 server does not say when it did that, to the plain store neither."""
+    store = make_store(consistency_level="Session")
+    for node in make_nodes(10, dim=DIM):
+        await store.async_add([node])
+        found = await store.aquery(VectorStoreQuery(query_embedding=node.embedding, node_ids=[node.node_id]))
+        assert found.ids == [node.node_id]
+        node.text = "changed"
+        store.add([node])
+        assert [one.get_content() for one in store.get_nodes([node.node_id])] == ["changed"]
+
+
 def test_of_two_nodes_with_one_id_the_last_wins(make_store: Any) -> None:
     for upsert_mode in (True, False):
         store = make_store(upsert_mode=upsert_mode)

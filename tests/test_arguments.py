@@ -5,7 +5,9 @@ Seen by the fault proxy, which looks on. Where the two differ on purpose, the di
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +32,7 @@ from llama_index.vector_stores.milvus.utils import (
 from pymilvus import DataType
 from pymilvus.grpc_gen import milvus_pb2
 
-from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore
+from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore, RetryPolicy
 from llama_index_milvus_async_ext._milvus.connection import Connection
 from tests.conftest import MakeNodes
 from tests.embedding import HashEmbedding
@@ -417,7 +419,7 @@ async def test_a_delete_passes_its_other_options_on_as_upstreams_does(
 def test_another_column_for_the_documents_id_is_written_searched_and_deleted_by(
     open_store: Any, make_nodes: MakeNodes
 ) -> None:
-    """The plain store can't write such rows, but reads, finds and deletes these."""
+    """The plain store can't write such rows, but it reads, finds and deletes them."""
     store = open_store(doc_id_field="document")
     theirs = open_store(MilvusVectorStore, doc_id_field="document")
     nodes = [*make_nodes(40), TextNode(id_="none", text="of no document", embedding=[0.5] * DIM)]
@@ -431,15 +433,20 @@ def test_another_column_for_the_documents_id_is_written_searched_and_deleted_by(
     for ours, read_by_them in zip(store.get_nodes(ids), theirs.get_nodes(ids), strict=True):
         assert ours.model_dump() == read_by_them.model_dump()
     assert store.get_nodes([ids[5]])[0].metadata == nodes[5].metadata
-    document, another, third = (nodes[place].ref_doc_id for place in (0, 10, 20))
-    query = VectorStoreQuery(query_embedding=[0.5] * DIM, similarity_top_k=50, doc_ids=[document, another])
-    assert sorted(store.query(query).ids) == sorted(theirs.query(query).ids) == sorted(ids[:20])
-    store.delete(document)
-    assert sorted(node.node_id for node in store.get_nodes(ids)) == sorted(ids[10:])
+    # Milvus finds LlamaIndex's own key "doc_id" among the dynamic fields as well: not so in rows of others.
+    foreign = {"document": "d", "text": "foreign", "embedding": [0.5] * DIM, "_node_type": "TextNode"}
+    foreign["_node_content"] = '{"id_": "f"}'
+    store.client.insert(store.collection_name, [{"id": f"f{number}"} | foreign for number in range(3)])
+    document, another = nodes[0].ref_doc_id, nodes[10].ref_doc_id
+    query = VectorStoreQuery(query_embedding=[0.5] * DIM, similarity_top_k=50, doc_ids=[document, "d"])
+    assert sorted(store.query(query).ids) == sorted(theirs.query(query).ids) == sorted([*ids[:10], "f0", "f1", "f2"])
+    store.delete([document, "d"])
+    assert sorted(store.query(VectorStoreQuery([0.5] * DIM, similarity_top_k=99)).ids) == sorted(ids[10:])
     theirs.delete(another)
+    store.client.insert(store.collection_name, [{"id": "f3"} | foreign])
     with AsyncMilvusVectorStore.from_vector_store(theirs) as taken_over:
-        taken_over.delete([third])
-    assert sorted(node.node_id for node in store.get_nodes(ids)) == sorted(ids[30:])
+        taken_over.delete("d")
+    assert sorted(store.query(VectorStoreQuery([0.5] * DIM, similarity_top_k=99)).ids) == sorted(ids[20:])
 
 
 # --- which writes a read sees
@@ -511,6 +518,54 @@ def test_a_collection_keeps_the_consistency_that_it_was_made_with(open_store: An
     assert made.consistency_level == ("Strong", "Session", "Bounded", "Eventually").index(level)
     assert [each.use_default_consistency for each in read] == [True, True], "the collection's own"
     assert store.consistency_level == level
+
+
+# --- settings
+
+
+def test_an_async_client_is_there_if_it_is_asked_for(open_store: Any) -> None:
+    assert open_store(use_async_client=False).aclient is None
+    assert open_store(use_async_client=True).aclient is not None
+
+
+def test_a_store_that_is_taken_over_or_copied_keeps_all_its_settings(open_store: Any) -> None:
+    """But for what happens once, and for the plain store's `upsert_mode` and `batch_size`, made for other requests."""
+    settings = with_bm25(
+        collection_properties={"collection.ttl.seconds": 3600},
+        doc_id_field="document",
+        scalar_field_names=["year"],
+        scalar_field_types=[DataType.INT32],
+        embedding_field="vector",
+        sparse_embedding_field="words",
+        index_management=IndexManagement.NO_VALIDATION,
+        index_config={"index_type": "HNSW", "M": 8},
+        sparse_index_config={"drop_ratio_build": 0.1},
+        search_config={"params": {"ef": 33}},
+        similarity_metric="L2",
+        consistency_level="Bounded",
+        output_fields=["year"],
+        hybrid_ranker="WeightedRanker",
+        hybrid_ranker_params={"weights": [0.2, 0.9]},
+        use_async_client=False,
+    )
+    limits: dict[str, Any] = {
+        "max_concurrency": 3,
+        "batch_size": 77,
+        "max_batch_bytes": 1 << 20,
+        "max_batch_queries": 33,
+        "rpc_timeout_seconds": 4.5,
+        "retry": RetryPolicy(max_attempts=2),
+    }
+    plain_store = open_store(MilvusVectorStore, **settings, batch_size=5)
+    taken_over = AsyncMilvusVectorStore.from_vector_store(plain_store, **limits)
+    with taken_over, copy.deepcopy(taken_over) as copied, pickle.loads(pickle.dumps(copied)) as unpickled:
+        for store in (taken_over, copied, unpickled):
+            kept = settings | limits | {"dim": DIM, "collection_name": plain_store.collection_name, "upsert_mode": True}
+            kept["sparse_embedding_function"] = plain_store.sparse_embedding_function
+            assert {name: getattr(store, name) for name in kept} == kept
+            assert not store.overwrite
+    with AsyncMilvusVectorStore.from_vector_store(plain_store) as store:
+        assert (store.batch_size, store.max_concurrency, store.retry) == (800, 8, RetryPolicy())
 
 
 # --- the limits of a request

@@ -59,14 +59,12 @@ class Letters(BaseSparseEmbeddingFunction):
 
 def with_bm25(**changes: Any) -> dict[str, Any]:
     # Its name is a random one, if none is given; so are those of its fields unless they are the store's own.
-    fields = {
-        "input_field_names": "text",
-        "output_field_names": changes.get("sparse_embedding_field", "sparse_embedding"),
-    }
-    return {
-        "enable_sparse": True,
-        "sparse_embedding_function": BM25BuiltInFunction(function_name="bm25", **fields),
-    } | changes
+    function = BM25BuiltInFunction(
+        function_name="bm25",
+        input_field_names=changes.get("text_key", "text"),
+        output_field_names=changes.get("sparse_embedding_field", "sparse_embedding"),
+    )
+    return {"enable_sparse": True, "sparse_embedding_function": function} | changes
 
 
 def with_letters(**changes: Any) -> dict[str, Any]:
@@ -533,6 +531,7 @@ def test_a_store_that_is_taken_over_or_copied_keeps_all_its_settings(open_store:
     settings = with_bm25(
         collection_properties={"collection.ttl.seconds": 3600},
         doc_id_field="document",
+        text_key="words_of_it",
         scalar_field_names=["year"],
         scalar_field_types=[DataType.INT32],
         embedding_field="vector",

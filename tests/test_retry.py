@@ -124,7 +124,8 @@ def test_a_failure_says_what_the_status_said() -> None:
     failure = StatusFailure.of(status)
     assert (failure.code, failure.message, failure.compatible_code) == (2201, "bad plan", 1)
     assert failure.blames_input and not failure.may_be_retried and not failure.schema_is_stale
-    assert StatusFailure.of(common_pb2.Status(code=109, error_code=62)).schema_is_stale
+    for numbers in ({"code": 109, "error_code": 62}, {"code": 109}, {"error_code": 62}):  # the new one, the old one
+        assert StatusFailure.of(common_pb2.Status(**numbers)).schema_is_stale
 
 
 def test_a_refused_query_is_caught_as_with_the_plain_store() -> None:

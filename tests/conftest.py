@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import uuid
@@ -121,6 +122,17 @@ def held() -> Iterator[Held]:
     held = Held()
     yield held
     held.let_go()
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """All that is logged, from DEBUG on; pymilvus's too, which never comes to the root logger that `caplog` hears."""
+    pymilvus = logging.getLogger("pymilvus")
+    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger=pymilvus.name)
+    pymilvus.addHandler(caplog.handler)
+    yield caplog
+    pymilvus.removeHandler(caplog.handler)
 
 
 @pytest.fixture

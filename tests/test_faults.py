@@ -144,7 +144,7 @@ async def test_a_passing_fault_loses_and_doubles_nothing(
     make_nodes: MakeNodes,
     fault: str,
     upsert_mode: bool,
-    caplog: pytest.LogCaptureFixture,
+    log: pytest.LogCaptureFixture,
 ) -> None:
     store, nodes = make_store(batch_size=20, upsert_mode=upsert_mode, rpc_timeout_seconds=0.5), make_nodes(60, dim=DIM)
     fault_proxy.script(PASSING_FAULTS[fault], method=WRITES, on=First(2))
@@ -152,8 +152,32 @@ async def test_a_passing_fault_loses_and_doubles_nothing(
     assert len(report.written) == 60, report
     assert report.retries >= 1
     check(backend, store, nodes, report)
-    noise = [r for r in caplog.records if r.levelno > logging.WARNING and not r.name.startswith("grpc")]
+    noise = [r for r in log.records if r.levelno > logging.WARNING and not r.name.startswith("grpc")]
     assert not noise, "a fault that a retry mends leaves no traceback"
+
+
+CALLS: dict[str, tuple[tuple[str, ...], Callable[[AsyncMilvusVectorStore, TextNode], Any]]] = {
+    "write": (WRITES, lambda store, node: store.async_add([node])),
+    "search": (("Search",), lambda store, node: store.aquery(VectorStoreQuery(query_embedding=node.embedding))),
+    "look-up": (("Query",), lambda store, node: store.aget_nodes([node.node_id])),
+    "delete": (("Delete",), lambda store, node: store.adelete_nodes([node.node_id])),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_fault_that_retries_mend_is_one_warning_in_the_log(
+    fault_proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, call: str, log: pytest.LogCaptureFixture
+) -> None:
+    store, (node,) = make_store(), make_nodes(1, dim=DIM)
+    methods, ask = CALLS[call]
+    # A status of Milvus's: what gRPC can't carry of look-ups and deletes, pymilvus's client tries again by itself.
+    fault_proxy.script(MilvusError(5, "internal"), method=methods, on=First(3))
+    log.clear()
+    await ask(store, node)
+    assert sum(fault_proxy.counts[method] for method in methods) == 4
+    lines = [(r.name, r.levelname) for r in log.records if not r.name.startswith(("grpc", "asyncio"))]
+    assert [line for line in lines if line[1] != "DEBUG"] == [("llama_index_milvus_async_ext", "WARNING")]
+    assert lines.count(("llama_index_milvus_async_ext", "DEBUG")) == 2
 
 
 @pytest.mark.parametrize("upsert_mode", [True, False])

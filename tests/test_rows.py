@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from llama_index.core.schema import (
     BaseNode,
@@ -118,6 +118,19 @@ def test_requests_equal_those_of_upstream_and_pymilvus(batch: list[BaseNode], up
     assert request == reference.SerializeToString(deterministic=True)
 
 
+class Other(TextNode):
+    """Another class, which takes the way through pydantic."""
+
+
+def of_another_class(node: TextNode) -> TextNode:
+    return Other(**dict(node.__dict__))
+
+
+@example(TextNode(id_="n", metadata={"a": -0.0, "b": 0.0, "c": 0, "d": False, "e": None, "f": ""}), "text")
+@example(TextNode(id_="n", metadata={"a": float("nan"), "b": float("inf")}), "text")
+@example(TextNode(id_="n", metadata={"a": 2**64, "b": 1e300, "c": '\u2028\x7f\x00"\\/é🌍'}), "content")
+@example(TextNode(id_="n", text="", start_char_idx=0, end_char_idx=0, mimetype=""), "text")
+@example(TextNode(id_="n", text="own", mimetype="text/other"), "mimetype")
 @settings(max_examples=200, deadline=None)
 @given(
     st.builds(
@@ -133,12 +146,8 @@ def test_requests_equal_those_of_upstream_and_pymilvus(batch: list[BaseNode], up
     st.sampled_from(["text", "content", "mimetype", "metadata"]),
 )
 def test_plain_nodes_are_written_as_pydantic_writes_them(node: TextNode, text_key: str) -> None:
-    class Other(TextNode):  # another class, which takes the way through pydantic
-        pass
-
-    other = Other(**dict(node.__dict__))
     json = NodeJson(text_key)
-    assert json.stored(node) == json.stored(other)
+    assert json.stored(node) == json.stored(of_another_class(node))
 
 
 alike: list[Any] = [True, 1, 1.0, 0, False, 0.0, -0.0, None, "1", "", [1], [True], {"a": 1}, {"a": True}]
@@ -157,6 +166,35 @@ alike_relations = st.builds(
 )
 
 
+def one_after_the_other(*described: dict[str, Any]) -> list[dict[Any, Any]]:
+    return [{NodeRelationship.SOURCE: RelatedNodeInfo(**({"node_id": "d"} | each))} for each in described]
+
+
+def with_metadata(*values: Any) -> list[dict[Any, Any]]:
+    return one_after_the_other(*({"metadata": {"a": value}} for value in values))
+
+
+# Each way in which two relationships may be equal, or look so, and are yet written otherwise.
+@example(with_metadata(0.0, -0.0, 0.0))
+@example(with_metadata(0, -0.0))
+@example(with_metadata(0, False, 0))
+@example(with_metadata(0, 0.0, False))
+@example(with_metadata(1, True, 1))
+@example(with_metadata(1.0, 1, True))
+@example(with_metadata("1", 1))
+@example(with_metadata(None, "", None))
+@example(with_metadata([1], [True]))
+@example(with_metadata({"a": 0.0}, {"a": -0.0}))
+@example(one_after_the_other({"metadata": {"a": 1, "b": 2}}, {"metadata": {"b": 2, "a": 1}}))
+@example(one_after_the_other({"metadata": {"a": 1, "b": True}}, {"metadata": {"a": True, "b": 1}}))
+@example(one_after_the_other({"metadata": {"a": 1}}, {}, {"metadata": {"a": 1}}))
+@example(one_after_the_other({"metadata": {"a": 1}}, {"metadata": {"a": 1}, "node_id": "e"}))
+@example(one_after_the_other({"node_type": ObjectType.TEXT}, {"node_type": ObjectType.DOCUMENT}, {"node_type": "1"}))
+@example(one_after_the_other({"node_type": ObjectType.TEXT}, {"node_type": None}))
+@example(one_after_the_other({"hash": None}, {"hash": ""}, {"hash": "h"}))
+@example(
+    [{NodeRelationship.SOURCE: RelatedNodeInfo(node_id="d")}, {NodeRelationship.NEXT: RelatedNodeInfo(node_id="d")}]
+)
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(
@@ -169,7 +207,7 @@ def test_a_relationship_that_only_equals_the_one_before_is_written_anew(relation
     json = NodeJson("text")
     for related_to in relationships:
         node = TextNode(id_="n", text="t", relationships=related_to)
-        assert json.stored(node) == NodeJson("text").stored(node)
+        assert json.stored(node) == json.stored(of_another_class(node))
 
 
 def test_a_relationship_whose_metadata_is_changed_in_place_is_written_anew() -> None:
@@ -266,14 +304,79 @@ def test_a_bad_node_is_named_with_what_is_wrong(changes: dict[str, Any], says: s
     assert isinstance(refused.value, SchemaMismatchError) == ("dimensions" in says or "UTF-8" in says)
 
 
-@pytest.mark.parametrize(
-    ("value", "says"), [(None, "set metadata"), ("x", "INT32"), (True, "INT32"), (2**40, "too large")]
-)
-def test_a_value_that_its_column_does_not_take_is_named(value: Any, says: str) -> None:
-    schema = Schema(described(FieldSchema("year", DataType.INT32)))
-    metadata = {} if value is None else {"year": value}
-    with pytest.raises(SchemaMismatchError, match=says):
-        encoder(schema).encode(a_node(metadata=metadata))
+INTEGERS = {DataType.INT8: 7, DataType.INT16: 15, DataType.INT32: 31, DataType.INT64: 63}
+MOST_FLOAT = float(np.finfo(np.float32).max)
+TAKEN: dict[DataType, list[Any]] = {
+    **{kind: [2**bits - 1, -(2**bits), 0] for kind, bits in INTEGERS.items()},
+    DataType.BOOL: [True, False],
+    DataType.FLOAT: [MOST_FLOAT, -MOST_FLOAT, 0.5, 7, 2**63],
+    DataType.DOUBLE: [1e308, -1e308, 0.5, 7, 2**63],
+    DataType.VARCHAR: ["", "é" * 4, "x" * 9],
+}
+REFUSED: dict[DataType, list[tuple[Any, str]]] = {
+    **{
+        kind: [(2**bits, "too large"), (-(2**bits) - 1, "too large"), (1.0, "float"), (True, "bool"), ("1", "str")]
+        for kind, bits in INTEGERS.items()
+    },
+    DataType.BOOL: [(1, "int"), (0, "int"), (1.0, "float"), ("true", "str")],
+    DataType.FLOAT: [(1e39, "too large"), (-1e39, "too large"), (10**400, "too large"), (True, "bool"), ("1", "str")],
+    DataType.DOUBLE: [(10**400, "too large"), (-(10**400), "too large"), (False, "bool"), ("1", "str")],
+    DataType.VARCHAR: [("é" * 4 + "xx", "10 bytes"), ("x" * 10, "10 bytes"), (1, "int"), (True, "bool")],
+}
+
+
+def column_of(kind: DataType) -> Schema:
+    return Schema(described(FieldSchema("value", kind, **({"max_length": 9} if kind == DataType.VARCHAR else {}))))
+
+
+@pytest.mark.parametrize("kind", TAKEN, ids=lambda kind: kind.name)
+def test_what_a_column_just_takes_is_sent_as_it_is(kind: DataType) -> None:
+    schema, values = column_of(kind), TAKEN[kind]
+    rows = [encoder(schema).encode(a_node(metadata={"value": value}))[0] for value in values]
+    request = milvus_pb2.UpsertRequest.FromString(writes.write_request("c", "", schema, rows, True))
+    assert schema.fast
+    (column,) = (field for field in request.fields_data if field.field_name == "value")
+    assert list(getattr(column.scalars, column.scalars.WhichOneof("data")).data) == values
+    assert not any("value" in orjson.loads(row.dynamic) for row in rows)
+
+
+@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.name)
+def test_a_value_that_its_column_does_not_take_is_named(kind: DataType) -> None:
+    for value, says in REFUSED[kind]:
+        with pytest.raises(SchemaMismatchError, match=f"node 'n1' .*'value'.*{says}") as refused:
+            encoder(column_of(kind)).encode(a_node(metadata={"value": value}))
+        assert kind.name in str(refused.value) or "UTF-8" in str(refused.value)
+        assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("metadata", [{}, {"value": None}])
+def test_a_column_without_a_value_is_named(metadata: dict[str, Any]) -> None:
+    for kind in TAKEN:
+        with pytest.raises(SchemaMismatchError, match=r"no 'value'.*set metadata\['value'\]"):
+            encoder(column_of(kind)).encode(a_node(metadata=metadata))
+
+
+@pytest.mark.parametrize("column", ["id_", "text", "doc_id"])
+@pytest.mark.parametrize(("fits", "too_long"), [("é" * 32_767 + "x", "é" * 32_768), ("x" * 65_535, "x" * 65_536)])
+def test_texts_are_measured_in_bytes(column: str, fits: str, too_long: str) -> None:
+    encode = encoder(Schema(described())).encode
+
+    def node_with(text: str) -> TextNode:
+        if column != "doc_id":
+            return a_node(**{column: text})
+        return a_node(relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=text)})
+
+    name = column.rstrip("_")
+    assert len(fits.encode()) == 65_535
+    # An id stands in the dynamic fields too, which take no more.
+    if column == "text":
+        row, _ = encode(node_with(fits))
+        assert row.columns[name] == fits
+    else:
+        with pytest.raises(ValueError, match="metadata and relationships take"):
+            encode(node_with(fits))
+    with pytest.raises(SchemaMismatchError, match=f"its '{name}' has 65536 bytes in UTF-8, and the column takes 65535"):
+        encode(node_with(too_long))
 
 
 @pytest.mark.parametrize(
@@ -302,6 +405,14 @@ def test_a_key_of_another_name_is_taken_from_the_metadata_as_upstream_does() -> 
     assert row.columns["pk"] == 17
 
 
+@example([3.4028234e38, -3.4028234e38, 1.7014118e38, 0.0])  # as large as numbers get: those are looked at
+@example([3.5e38, 0.0, 0.0, 0.0])
+@example([0.0, 0.0, 0.0, -3.5e38])
+@example([1e39, 0.0, 0.0, 0.0])
+@example([0.0, float("nan"), 0.0, 0.0])
+@example([0.0, 0.0, float("inf"), 0.0])
+@example([-0.0, 5e-324, 1e-45, -float("inf")])
+@example([-0.0, 5e-324, 1e-45, 1e-38])
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(width=64), min_size=DIM, max_size=DIM))
 def test_vectors_are_packed_as_pymilvus_packs_them_or_refused(vector: list[float]) -> None:

@@ -259,12 +259,17 @@ def test_a_plain_store_is_taken_over(backend: Backend, collection_name: str, mak
     writer.vector_store.close()
 
 
-def test_progress_is_shown_when_asked_for(store: AsyncMilvusVectorStore, make_nodes: MakeNodes) -> None:
-    for show, expected in ((True, "25/25"), (False, "")):
-        with redirect_stderr(io.StringIO()) as shown:
-            AsyncMilvusWriter(vector_store=store, show_progress=show)(make_nodes(25, dim=DIM))
-        assert expected in shown.getvalue()
-        assert bool(shown.getvalue()) == show
+@pytest.mark.parametrize("is_async", [False, True])
+def test_progress_is_shown_when_asked_for(store: AsyncMilvusVectorStore, make_nodes: MakeNodes, is_async: bool) -> None:
+    for model, does in ((None, "Writing"), (HashEmbedding(dim=DIM, embed_batch_size=5), "Embedding and writing")):
+        for show, expected in ((True, "25/25"), (False, "")):
+            writer = AsyncMilvusWriter(vector_store=store, embed_model=model, show_progress=show)
+            with redirect_stderr(io.StringIO()) as shown:
+                nodes = make_nodes(25, dim=DIM)
+                asyncio.run(writer.acall(nodes)) if is_async else writer(nodes)
+            assert expected in shown.getvalue()
+            assert shown.getvalue().lstrip("\r").startswith(f"{does} to Milvus" * show)
+            assert bool(shown.getvalue()) == show
 
 
 def test_nothing_to_write(store: AsyncMilvusVectorStore) -> None:

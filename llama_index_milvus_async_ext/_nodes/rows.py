@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,15 @@ _PYTHON_TYPES: dict[DataType, tuple[type, ...]] = {
     DataType.DOUBLE: (int, float, np.number),
     DataType.VARCHAR: (str,),
 }
-_INTEGER_BITS = {DataType.INT8: 8, DataType.INT16: 16, DataType.INT32: 32, DataType.INT64: 64}
+# What packs a number as its column does, and refuses one that is too large for it.
+_NUMBERS = {
+    DataType.INT8: struct.Struct("<b").pack,
+    DataType.INT16: struct.Struct("<h").pack,
+    DataType.INT32: struct.Struct("<i").pack,
+    DataType.INT64: struct.Struct("<q").pack,
+    DataType.FLOAT: struct.Struct("<f").pack,
+    DataType.DOUBLE: struct.Struct("<d").pack,
+}
 
 
 class RowEncoder:
@@ -186,9 +195,12 @@ class RowEncoder:
                     "split it into smaller nodes" if name == self._text_key else "shorten it",
                 )
             return nbytes
-        bits = _INTEGER_BITS.get(kind)
-        if bits and not -(1 << (bits - 1)) <= value < 1 << (bits - 1):
-            raise _mismatch(node, f"its {name!r}, {value}, is too large for {kind.name}", "use a smaller number")
+        if kind in _NUMBERS:
+            try:
+                _NUMBERS[kind](value)
+            except (struct.error, OverflowError):  # protobuf would make infinity of the latter
+                problem = f"its {name!r}, {str(value)[:80]}, is too large for {kind.name}"
+                raise _mismatch(node, problem, "use a smaller number") from None
         return 8
 
     def _parted(self, node: BaseNode, entity: dict[str, Any]) -> tuple[dict[str, Any], bytes]:

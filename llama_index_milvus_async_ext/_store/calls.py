@@ -83,8 +83,7 @@ def delete(collection: str, expression: str, partition: str | None, options: dic
                 collection_name=collection,
                 filter=each,
                 partition_name=partition,
-                timeout=timeout,
-                **{"retry_on_rate_limit": False, **options},
+                **{"timeout": timeout, "retry_on_rate_limit": False, **options},
             )
 
     return run

@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MUTANTS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -14,7 +15,7 @@ export DOCS QUESTION URI TOKEN MODEL
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench soak clean
+.PHONY: help demo test bench soak mutants clean
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is:"
@@ -40,8 +41,12 @@ bench: $(VENV)/.bench milvus-server ## measure against the plain store and again
 soak: $(VENV)/.bench milvus-server ## ten minutes of mixed writes, deletes and searches with faults
 	$(BIN)/python -m tests.soak
 
+mutants: $(VENV)/.mutants ## put mistakes into the pure parts, one at a time: which does no test notice? [MUTANTS="..."]
+	$(BIN)/python -m mutmut run $(MUTANTS)
+	$(BIN)/python -m mutmut results
+
 clean: ## remove the environments, caches and the demo's database
-	rm -rf $(VENV) .venv-milvus build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.db
+	rm -rf $(VENV) .venv-milvus build dist mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.db
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -62,6 +67,10 @@ $(VENV)/.test: $(VENV)/.demo pyproject.toml
 
 $(VENV)/.bench: $(VENV)/.created pyproject.toml
 	$(PIP) --editable ".[test,benchmarks]"
+	@touch $@
+
+$(VENV)/.mutants: $(VENV)/.created pyproject.toml
+	$(PIP) --editable ".[test,mutants]"
 	@touch $@
 
 # A real Milvus server, for tests and benchmarks. Its own environment, as its package pins old dependencies.

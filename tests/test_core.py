@@ -19,6 +19,7 @@ from llama_index_milvus_async_ext._lane.entrance import Entrance
 from llama_index_milvus_async_ext._lane.items import CancelledCallError
 from llama_index_milvus_async_ext._lane.lanes import Flight, Lane
 from llama_index_milvus_async_ext.retry import RetryPolicy, Verdict
+from tests.conftest import examples
 from tests.lane_world import LAST_ATTEMPT_SECONDS, Call, Value, World
 
 
@@ -182,7 +183,7 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 TestCore = CoreMachine.TestCase
-TestCore.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+TestCore.settings = settings(max_examples=examples(300), stateful_step_count=50, deadline=None)
 
 
 # --- each guarantee by itself

@@ -37,6 +37,7 @@ from llama_index_milvus_async_ext._nodes.node_json import NodeJson
 from llama_index_milvus_async_ext._nodes.rows import MAX_DYNAMIC_BYTES, RowEncoder
 from llama_index_milvus_async_ext._nodes.stored import found_node
 from llama_index_milvus_async_ext._nodes.vectors import pack, set_embedding
+from tests.conftest import examples
 
 DIM = 4
 
@@ -104,7 +105,7 @@ nodes = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.lists(nodes, min_size=1, max_size=5), st.booleans(), st.sampled_from(["", "part"]))
 def test_requests_equal_those_of_upstream_and_pymilvus(batch: list[BaseNode], upsert: bool, partition: str) -> None:
     schema = Schema(described())
@@ -118,7 +119,7 @@ def test_requests_equal_those_of_upstream_and_pymilvus(batch: list[BaseNode], up
     assert request == reference.SerializeToString(deterministic=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     st.builds(
         TextNode,
@@ -157,7 +158,7 @@ alike_relations = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     st.lists(
         st.dictionaries(st.sampled_from([NodeRelationship.SOURCE, NodeRelationship.NEXT]), alike_relations),
@@ -182,7 +183,7 @@ def test_a_relationship_whose_metadata_is_changed_in_place_is_written_anew() -> 
         assert stored["metadata"]["a"] is value
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.lists(nodes, min_size=1, max_size=3), st.data())
 def test_scalar_and_sparse_columns_are_encoded_as_pymilvus_does(batch: list[BaseNode], data: st.DataObject) -> None:
     schema = Schema(
@@ -292,7 +293,7 @@ def test_a_key_of_another_name_is_taken_from_the_metadata_as_upstream_does() -> 
     assert row.columns["pk"] == 17
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.floats(width=64), min_size=DIM, max_size=DIM))
 def test_vectors_are_packed_as_pymilvus_packs_them_or_refused(vector: list[float]) -> None:
     with np.errstate(over="ignore"):
@@ -333,7 +334,7 @@ vectors = st.lists(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(vectors, st.integers(1, 100), st.sampled_from(["", 'color == "red"']))
 def test_search_requests_equal_those_of_pymilvus(queries: list[list[float]], limit: int, expression: str) -> None:
     group = SearchGroup(
@@ -375,7 +376,7 @@ def test_a_multimodal_node_is_stored_with_its_text() -> None:
     assert row.entity["_node_type"] == "Node"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(nodes)
 def test_stored_nodes_are_built_as_upstream_builds_them(node: BaseNode) -> None:
     row, _ = encoder(Schema(described())).encode(node)

@@ -380,6 +380,22 @@ def test_an_equal_key_far_behind_in_the_same_call_is_sent_as_an_upsert_too(world
     assert world.upserts == [False, False, False, True]
 
 
+def test_an_equal_key_is_sent_as_an_upsert_though_later_calls_were_looked_at_first(
+    world: World, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(entrance_module, "WINDOW", 2)
+    lane = world.lane(entrance=Entrance(2), ceiling=1, max_in_flight=1, max_items=2)
+    world.submit(lane, [Value(key=key) for key in range(9)])
+    second = world.submit(lane, [Value(key=1), Value(key=0)])
+    world.settle_down()
+    world.answer(first(world), Verdict.UNEXPECTED)
+    world.settle_down()
+    world.submit(lane, [Value(key=key) for key in range(7)])
+    world.finish()
+    sent = zip(world.requests, world.upserts, strict=True)
+    assert all(upsert for (_, values), upsert in sent if set(values).intersection(second.values))
+
+
 @pytest.mark.parametrize("verdict", [Verdict.TRANSIENT, Verdict.OVERLOAD, Verdict.AMBIGUOUS])
 def test_a_passing_fault_is_retried_after_a_pause(world: World, verdict: Verdict) -> None:
     call = world.submit(world.lane(), [Value(key=key) for key in range(3)])

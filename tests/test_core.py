@@ -364,6 +364,16 @@ def test_a_call_waits_behind_an_equal_key_of_one_that_is_not_in_yet(world: World
     assert order.index(equal.values[0]) < order.index(after_it.values[0])
 
 
+def test_a_call_waits_behind_an_equal_key_of_one_that_is_kept_out(world: World, monkeypatch: Any) -> None:
+    monkeypatch.setattr(entrance_module, "WINDOW", 2)
+    lane = world.lane(entrance=Entrance(2), max_items=2, max_in_flight=1)
+    world.submit(lane, [Value(key=key) for key in range(10)])
+    kept_out, behind = world.submit(lane, [Value(key=9), Value(key=100)]), world.submit(lane, [Value(key=100)])
+    world.finish()
+    order = [value for _, values in world.requests for value in values]
+    assert order.index(kept_out.values[1]) < order.index(behind.values[0])
+
+
 def test_an_item_whose_key_came_before_is_sent_as_an_upsert(world: World) -> None:
     world.submit(world.lane(), [Value(key=1), Value(key=2), Value(key=1)])
     world.finish()
@@ -546,6 +556,55 @@ def test_an_old_item_of_one_half_does_not_wait_for_the_patience_of_a_new_one_in_
     world.check_that_nothing_is_left()
 
 
+def test_a_half_that_is_given_up_leaves_the_other_its_own_time(world: World) -> None:
+    lane = world.lane(ceiling=1, max_in_flight=1, rpc_timeout_seconds=50, policy=patient(deadline_seconds=20))
+    other = world.lane(ceiling=1, rpc_timeout_seconds=50, policy=patient(deadline_seconds=100))
+    world.submit_many(lane, 1)
+    world.settle_down()
+    old = world.submit_many(lane, 1)
+    world.advance(5)
+    new = world.submit_many(lane, 1)
+    world.answer(first(world), Verdict.PERMANENT)
+    world.settle_down()
+    assert world.requests[-1][1] == [*old.values, *new.values]
+    world.submit_many(other, 1)
+    world.settle_down()
+    world.answer(first(world), Verdict.BAD_DATA)
+    world.settle_down()
+    assert first(world).lane is lane
+    world.answer(first(world), Verdict.TRANSIENT)
+    world.settle_down()
+    assert first(world).lane is other, "and so the half waits for a slot"
+    world.advance(15.5)
+    assert not old.open and new.open
+    world.answer(first(world), None)
+    world.settle_down()
+    assert world.requests[-1][1] == new.values and len(world.out) == 1
+    world.finish()
+    assert new.failures == [None]
+    world.check_that_nothing_is_left()
+
+
+def test_a_half_of_which_nothing_can_be_prepared_again_gives_its_slot_up(world: World) -> None:
+    refused: set[Value] = set()
+
+    def prepare_once(value: Value) -> tuple[Value, int]:
+        if value in refused:
+            raise ValueError("gone")
+        return value, 1
+
+    call = world.submit_many(world.lane(prepare=prepare_once), 2)
+    world.settle_down()
+    refused.add(call.values[0])
+    world.answer(first(world), Verdict.BAD_DATA)
+    world.settle_down()
+    world.check()
+    assert world.requests[-1][1] == [call.values[1]]
+    world.finish()
+    assert call.outcomes.failed_indices() == [0]
+    world.check_that_nothing_is_left()
+
+
 def test_halves_of_a_refused_batch_go_on_while_the_endpoint_acknowledges(world: World) -> None:
     lane = world.lane(max_items=64, max_in_flight=1, policy=patient(deadline_seconds=10))
     call = world.submit(lane, [Value(bad=index == 63) for index in range(64)])
@@ -590,6 +649,13 @@ def test_callers_share_a_batch_evenly(world: World) -> None:
     batch = world.requests[-1][1]
     assert len([value for value in batch if value in small.values]) == 4
     assert len([value for value in batch if value in large.values]) == 4
+
+
+def test_more_callers_than_divide_a_batch_share_it_too(world: World) -> None:
+    lane = world.lane(max_in_flight=1)
+    calls = [world.submit_many(lane, 100) for _ in range(3)]
+    world.settle_down()
+    assert [sum(value in call.values for value in world.requests[0][1]) for call in calls] == [4, 2, 2]
 
 
 @pytest.mark.parametrize("capacity", [10, 16, 10_000])
@@ -699,6 +765,23 @@ def test_what_is_cancelled_while_it_waits_was_not_sent_and_what_is_under_way_may
     world.finish()
     assert not theirs.outcomes.failed_indices()
     world.check_that_nothing_is_left()
+
+
+def test_at_any_time_it_is_known_which_have_no_outcome(world: World, monkeypatch: Any) -> None:
+    monkeypatch.setattr(entrance_module, "WINDOW", 2)
+    lane = world.lane(entrance=Entrance(2), max_items=2, max_in_flight=1, rpc_timeout_seconds=50)
+    call = world.submit_many(lane, 9)
+    assert call.outcomes.unsettled_indices() == set(range(9)), "none is in"
+    world.settle_down()
+    assert call.outcomes.unsettled_indices() == set(range(9)), "some are in, and some under way"
+    world.answer(first(world), None)
+    world.settle_down()
+    assert call.outcomes.unsettled_indices() == set(range(2, 9))
+    world.now += 20.01
+    world.settle_down()
+    assert call.outcomes.unsettled_indices() == {2, 3}, "those under way; the others were given up"
+    world.answer(first(world), None)
+    assert call.outcomes.unsettled_indices() == set()
 
 
 def test_a_batch_that_was_given_up_while_it_was_filled_is_not_sent(world: World, monkeypatch: Any) -> None:

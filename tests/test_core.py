@@ -289,6 +289,14 @@ def test_a_batch_of_bad_items_costs_a_bounded_number_of_requests(world: World, n
     assert [failure.retryable for failure in call.failures if failure] == [index not in alone for index in range(n)]
 
 
+def test_as_many_bad_items_as_may_be_paid_for_are_each_told_apart(world: World) -> None:
+    bad = [index for index in range(64) if index % 5 == 4]
+    call = world.submit(world.lane(max_items=64, max_in_flight=1), [Value(bad=index in bad) for index in range(64)])
+    world.finish()
+    assert call.outcomes.failed_indices() == bad
+    assert not any(failure.retryable for failure in call.failures if failure)
+
+
 def test_an_item_that_cant_be_prepared_costs_no_request_and_no_neighbour(world: World) -> None:
     call = world.submit(world.lane(), [Value(), Value(unpreparable=True), Value()])
     world.finish()
@@ -477,6 +485,14 @@ def test_endless_overload_ends_at_the_deadline(world: World) -> None:
     assert world.now <= 1_000 + 20 + LAST_ATTEMPT_SECONDS
 
 
+def test_a_request_may_outlive_the_deadline_by_a_tenth_of_a_second(world: World) -> None:
+    for bound, seconds in ((50.0, 20.1), (6.0, 6.0)):
+        world.submit_many(world.lane(rpc_timeout_seconds=bound, policy=patient(deadline_seconds=20)), 1)
+        world.settle_down()
+        assert world.out[first(world)].timeout_seconds == pytest.approx(seconds)
+        world.finish()
+
+
 def test_a_dead_endpoint_costs_the_deadline_in_all_however_much_waits(world: World) -> None:
     lane = world.lane(policy=patient())
     calls = [world.submit_many(lane, 100) for _ in range(10)]
@@ -656,6 +672,10 @@ def test_more_callers_than_divide_a_batch_share_it_too(world: World) -> None:
     calls = [world.submit_many(lane, 100) for _ in range(3)]
     world.settle_down()
     assert [sum(value in call.values for value in world.requests[0][1]) for call in calls] == [4, 2, 2]
+    many, before = world.lane(), len(world.requests)
+    calls = [world.submit_many(many, 5) for _ in range(12)]
+    world.settle_down()
+    assert [sum(value in call.values for value in world.requests[before][1]) for call in calls] == [1] * 8 + [0] * 4
 
 
 @pytest.mark.parametrize("capacity", [10, 16, 10_000])

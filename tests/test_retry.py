@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+import random
 from typing import Any
 
 import grpc
 import pytest
+import tenacity
 from pymilvus import MilvusClient
 from pymilvus.exceptions import DataNotMatchException, MilvusException, ParamError
 from pymilvus.grpc_gen import common_pb2
@@ -23,7 +26,7 @@ from llama_index_milvus_async_ext._milvus.errors import (
     classify,
     fresh,
 )
-from llama_index_milvus_async_ext.retry import Verdict
+from llama_index_milvus_async_ext.retry import Attempts, Verdict
 from tests.conftest import Backend, MakeNodes, lite_address
 from tests.fault_proxy import FaultProxy
 from tests.faults import First, MilvusError, Refuse
@@ -188,3 +191,87 @@ def test_newer_pymilvus_may_call_a_property_retriable(monkeypatch: pytest.Monkey
 def test_a_policy_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
         RetryPolicy(**wrong)
+
+
+def test_a_policy_may_go_to_the_limits_of_what_makes_sense() -> None:
+    RetryPolicy(max_attempts=1, initial_backoff_seconds=0.0, max_backoff_seconds=0.0, deadline_seconds=1e-9)
+    for name in ("stop", "wait"):
+        with pytest.raises(TypeError, match=f"^{name} must be one of tenacity's {name} objects, got int$"):
+            RetryPolicy(**{name: 5})  # type: ignore[arg-type]
+    assert RetryPolicy() == RetryPolicy(50, 0.1, 5.0, 120.0, None, None), "as the README says"
+
+
+# -- pauses -----------------------------------------------------------------------------------------------------------
+
+
+def attempts(made: int, counted: int | None = None, verdict: Verdict = Verdict.TRANSIENT) -> Attempts:
+    counted = made if counted is None else counted
+    return Attempts(counted, made, 100.0, 107.5, 2.5, RpcFailure("UNAVAILABLE"), verdict)
+
+
+def chance(monkeypatch: pytest.MonkeyPatch, is_high: bool) -> None:
+    monkeypatch.setattr(random, "uniform", lambda low, high: high if is_high else low)
+    monkeypatch.setattr(random, "random", lambda: float(is_high))
+
+
+def test_pauses_are_drawn_from_intervals_that_double_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = RetryPolicy(initial_backoff_seconds=0.5, max_backoff_seconds=6.0)
+    chance(monkeypatch, is_high=True)
+    assert [policy.next_pause(attempts(made)) for made in range(1, 7)] == [0.5, 1.0, 2.0, 4.0, 6.0, 6.0]
+    assert policy.next_pause(attempts(made=9, counted=3)) == 2.0, "overloads don't count"
+    assert policy.next_pause(attempts(made=9, counted=0)) == 0.5
+    chance(monkeypatch, is_high=False)
+    assert [policy.next_pause(attempts(made)) for made in range(1, 7)] == [0.0] * 6
+
+
+def test_a_pause_after_an_overload_is_short_however_many_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = RetryPolicy(max_backoff_seconds=6.0, max_attempts=3)
+    for is_high, pause in ((True, 0.6), (False, 0.0)):
+        chance(monkeypatch, is_high)
+        for made in (1, 2, 3, 1_000):
+            assert policy.next_pause(attempts(made, verdict=Verdict.OVERLOAD)) == pytest.approx(pause)
+
+
+def test_the_last_of_the_attempts_has_no_pause_after_it() -> None:
+    policy = RetryPolicy(max_attempts=3)
+    assert [policy.next_pause(attempts(made)) is None for made in (1, 2, 3, 4)] == [False, False, True, True]
+    assert policy.next_pause(attempts(made=9, counted=2)) is not None
+
+
+def test_tenacitys_own_objects_see_each_attempt() -> None:
+    seen: list[Any] = []
+
+    def look(state: tenacity.RetryCallState) -> float:
+        assert state.outcome is not None
+        error = state.outcome.exception()
+        seen.append((state.attempt_number, state.seconds_since_start, state.idle_for, state.outcome.failed, error))
+        return 0.0
+
+    policy = RetryPolicy(stop=look, wait=look, max_attempts=1)  # type: ignore[arg-type]
+    of = attempts(made=4, counted=2, verdict=Verdict.OVERLOAD)
+    assert policy.next_pause(of) == 0.0
+    assert seen == [(4, 7.5, 2.5, True, of.error)] * 2
+    for waits, pause in ((-3.0, 0.0), (3.0, 3.0), (tenacity.wait_fixed(2), 2.0)):
+        wait = waits if callable(waits) else tenacity.wait_fixed(waits)
+        assert RetryPolicy(wait=wait).next_pause(of) == pause, "in place of an overload's pause too"
+    assert RetryPolicy(stop=tenacity.stop_after_attempt(4)).next_pause(of) is None
+    assert RetryPolicy(wait=tenacity.wait_fixed(2), max_attempts=2).next_pause(attempts(2)) is None
+    with pytest.raises(ValueError, match=r"returned NaN$"):
+        RetryPolicy(wait=tenacity.wait_fixed(math.nan)).next_pause(of)
+
+
+def test_each_verdict_says_what_is_to_be_done() -> None:
+    meanings = {
+        verdict: (verdict.is_repeated, verdict.retryable, verdict.is_about_items, verdict.may_have_been_executed)
+        for verdict in Verdict
+    }
+    assert meanings == {
+        Verdict.BAD_DATA: (False, False, True, False),
+        Verdict.TOO_LARGE: (False, False, True, False),
+        Verdict.PERMANENT: (False, False, False, False),
+        Verdict.TRANSIENT: (True, True, False, False),
+        Verdict.OVERLOAD: (True, True, False, False),
+        Verdict.FULL: (False, True, False, False),
+        Verdict.AMBIGUOUS: (True, True, False, True),
+        Verdict.UNEXPECTED: (False, False, False, True),
+    }

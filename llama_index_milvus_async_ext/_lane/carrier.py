@@ -81,7 +81,7 @@ class Carrier:
 
     def _verdict(self, error: BaseException) -> Verdict:
         try:
-            return Verdict.UNEXPECTED if isinstance(error, UnexpectedAnswerError) else self._classify(error)
+            return self._classify(error)
         except Exception:  # a defect there must not leave callers waiting
             return Verdict.UNEXPECTED
 

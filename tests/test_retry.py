@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 import random
+import struct
 from typing import Any
 
 import grpc
@@ -16,11 +17,14 @@ from pymilvus.exceptions import DataNotMatchException, MilvusException, ParamErr
 from pymilvus.grpc_gen import common_pb2
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy
-from llama_index_milvus_async_ext._milvus.codes import CODES
+from llama_index_milvus_async_ext._milvus.codes import BY_OLD_CODE, CODES, SAYS_NOTHING
 from llama_index_milvus_async_ext._milvus.errors import (
+    ClosedConnectionError,
+    DeadlineError,
     QueryError,
     QueryMismatchError,
     RpcFailure,
+    SchemaChangedError,
     SchemaMismatchError,
     StatusFailure,
     classify,
@@ -68,6 +72,24 @@ from tests.faults import First, MilvusError, Refuse
         (StatusFailure(1100, "bad"), Verdict.BAD_DATA),
         (StatusFailure(65535, "bad"), Verdict.BAD_DATA),
         (MilvusException(message="wait for loading collection timeout"), Verdict.AMBIGUOUS),
+        (ClosedConnectionError(), Verdict.PERMANENT),
+        (ClosedConnectionError(sent=True), Verdict.UNEXPECTED),
+        (SchemaChangedError("changed"), Verdict.PERMANENT),
+        (SchemaChangedError("changed", was_executed=True), Verdict.UNEXPECTED),
+        (DeadlineError("too late"), Verdict.AMBIGUOUS),
+        (MilvusException(code=1100, message="bad"), Verdict.BAD_DATA),
+        (MilvusException(code=1, message="not ready", compatible_code=5), Verdict.BAD_DATA),
+        (MilvusException(code=1, message="not ready", compatible_code=6), Verdict.BAD_DATA),
+        (RpcFailure("INVALID_ARGUMENT"), Verdict.BAD_DATA),
+        (RpcFailure("OUT_OF_RANGE"), Verdict.BAD_DATA),
+        (StatusFailure(0, "no code at all", 0), Verdict.BAD_DATA),
+        (StatusFailure(100, "Milvus itself would try again", may_be_retried=True), Verdict.AMBIGUOUS),
+        (StatusFailure(8, "rate limit", may_be_retried=True), Verdict.OVERLOAD),
+        (StatusFailure(100, "no collection", blames_input=True), Verdict.PERMANENT),
+        (TypeError("bad"), Verdict.BAD_DATA),
+        (KeyError("bad"), Verdict.BAD_DATA),
+        (OverflowError("bad"), Verdict.BAD_DATA),
+        (struct.error("bad"), Verdict.BAD_DATA),
         (QueryError("bad"), Verdict.BAD_DATA),
         (QueryMismatchError("bad"), Verdict.BAD_DATA),
         (DataNotMatchException(message="bad"), Verdict.BAD_DATA),
@@ -119,6 +141,109 @@ def test_each_code_is_told_apart_once() -> None:
     assert len({each.code for each in CODES}) == len(CODES)
     for each in CODES:
         assert classify(StatusFailure(each.code, each.name)) is each.verdict
+
+
+def test_it_is_known_of_each_code_whether_the_request_may_have_been_executed() -> None:
+    """Written down a second time, as a slip in the table would lose rows or store them twice."""
+    codes = {
+        verdict: {each.code for each in CODES if each.verdict is verdict}
+        for verdict in Verdict
+        if verdict is not Verdict.AMBIGUOUS
+    }
+    assert codes == {
+        Verdict.BAD_DATA: {6, 1100, 1101, 1700, 1701, 2000, 2001, 2099, 65535},
+        Verdict.TOO_LARGE: {1102},
+        Verdict.PERMANENT: {
+            *(10, 26, 35, 100, 102, 104, 105, 107, 108, 200, 250, 700, 701, 702, 800, 801, 802),
+            *(1200, 1303, 1400, 1401, 1600, 1603, 3000),
+        },
+        Verdict.TRANSIENT: {101, 103, 106, 201, 202},
+        Verdict.OVERLOAD: {3, 4, 8, 9, 11},
+        Verdict.FULL: {7},
+        Verdict.UNEXPECTED: set(),
+    }
+    old = {verdict: {code for code, found in BY_OLD_CODE.items() if found is verdict} for verdict in Verdict}
+    assert {verdict: found for verdict, found in old.items() if found} == {
+        Verdict.BAD_DATA: {5},
+        Verdict.PERMANENT: {3, 4, 51},
+        Verdict.TRANSIENT: {56, 57},
+        Verdict.OVERLOAD: {48, 49, 52, 53, 55},
+        Verdict.FULL: {54},
+        Verdict.AMBIGUOUS: {45, 46, 47, 50, 62, 100},
+    }
+    assert set(SAYS_NOTHING) == {0, 1, 65535}
+
+
+class GrpcError(grpc.RpcError):  # type: ignore[misc]
+    """As gRPC raises them: a call of its own, which says what came of it."""
+
+    def __init__(self, code: grpc.StatusCode, details: str | None) -> None:
+        super().__init__()
+        self.code = lambda: code
+        self.details = lambda: details
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "verdict"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses; last error: refused", Verdict.TRANSIENT),
+        (grpc.StatusCode.UNAVAILABLE, "Socket closed", Verdict.AMBIGUOUS),
+        (grpc.StatusCode.UNAVAILABLE, None, Verdict.AMBIGUOUS),
+        (grpc.StatusCode.INTERNAL, "failed to connect to all addresses", Verdict.AMBIGUOUS),
+        (grpc.StatusCode.PERMISSION_DENIED, "no", Verdict.PERMANENT),
+    ],
+)
+def test_only_a_connection_that_was_never_made_proves_that_nothing_was_sent(
+    code: grpc.StatusCode, details: str | None, verdict: Verdict
+) -> None:
+    error = GrpcError(code, details)
+    assert classify(error) is verdict
+    kept = RpcFailure.from_grpc(error)
+    assert (kept.status, kept.details, kept.code) == (code.name, details or "", 2)
+    assert kept.sent == (verdict is not Verdict.TRANSIENT)
+    assert str(kept) == f"<RpcFailure: (code=2, message={code.name}: {details or ''})>"
+
+
+def test_the_cause_of_what_pymilvus_met_itself_decides() -> None:
+    for cause, verdict in (
+        (None, Verdict.AMBIGUOUS),
+        (TimeoutError(), Verdict.AMBIGUOUS),
+        (grpc.FutureTimeoutError(), Verdict.AMBIGUOUS),
+        (ValueError("bad"), Verdict.BAD_DATA),
+        (GrpcError(grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses"), Verdict.TRANSIENT),
+    ):
+        hidden, raised_from = MilvusException(message="failed"), MilvusException(message="failed")
+        hidden.__context__ = raised_from.__cause__ = cause
+        assert classify(hidden) is classify(raised_from) is verdict
+        found = RpcFailure.cause_of(hidden)
+        assert (found is not None) == isinstance(cause, grpc.RpcError)
+
+
+def test_an_error_keeps_what_it_says_of_itself() -> None:
+    assert [getattr(RpcFailure(), name) for name in ("status", "details", "sent")] == ["UNKNOWN", "", True]
+    closed = ClosedConnectionError()
+    assert (closed.status, closed.sent, isinstance(closed, RpcFailure)) == ("CANCELLED", False, True)
+    late = DeadlineError("too late")
+    assert (late.code, late.message, isinstance(late, TimeoutError)) == (1, "too late", True)
+    changed = SchemaChangedError("it changed")
+    assert (changed.code, changed.compatible_code, changed.was_executed) == (109, 62, False)
+    query = QueryError("why")
+    assert (query.code, query.compatible_code, query.args) == (1100, 5, ("why",))
+    errors = (
+        RpcFailure("ABORTED", "why", sent=False),
+        ClosedConnectionError(sent=True),
+        StatusFailure(2201, "why", 7, may_be_retried=True, blames_input=True),
+        late,
+        SchemaChangedError("why", was_executed=True),
+        query,
+    )
+    for error in errors:
+        for again in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+            assert type(again) is type(error) and str(again) == str(error)
+            assert again.__dict__ == error.__dict__
+    for error in errors[:3]:
+        error.report = "of the write that it ended"  # type: ignore[attr-defined]
+        assert copy.copy(error).report == "of the write that it ended"  # type: ignore[attr-defined]
 
 
 def test_a_failure_says_what_the_status_said() -> None:

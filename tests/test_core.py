@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -278,7 +279,7 @@ def test_one_bad_item_fails_alone_and_costs_few_requests(world: World, n: int, p
     assert failure is not None and not failure.retryable and not failure.ambiguous
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 64, 500, 1_000])
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 68, 500, 1_000])
 def test_a_batch_of_bad_items_costs_a_bounded_number_of_requests(world: World, n: int) -> None:
     call = world.submit(world.lane(max_items=n, max_in_flight=1), [Value(bad=True)] * n)
     doublings = n.bit_length()
@@ -456,6 +457,31 @@ def test_attempts_are_bounded_but_not_those_rejected_for_overload(world: World) 
     call = world.submit_many(lane, 1)
     assert world.finish(lambda _: next(fates, None)) == 51
     assert call.failures == [None]
+
+
+def test_the_policy_knows_an_overload_from_another_fault(world: World, monkeypatch: Any) -> None:
+    monkeypatch.setattr(random, "random", lambda: 1.0)
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    world.submit_many(world.lane(policy=RetryPolicy(initial_backoff_seconds=1, max_backoff_seconds=1)), 1)
+    fates = iter([Verdict.OVERLOAD, Verdict.TRANSIENT])
+    world.finish(lambda _: next(fates, None))
+    assert world.pauses == pytest.approx([0.1, 1.0])
+
+
+def test_a_defect_of_the_users_own_policy_fails_the_items_and_names_their_error(world: World) -> None:
+    defect = ValueError("of the policy")
+
+    def stop(_: Any) -> bool:
+        raise defect
+
+    call = world.submit(world.lane(policy=patient(stop=stop)), [Value(key=1), Value(key=2)])
+    world.settle_down()
+    world.answer(first(world), Verdict.AMBIGUOUS)
+    for value, failure in zip(call.values, call.failures, strict=True):
+        assert failure is not None and failure.error is defect
+        assert failure.ambiguous and failure.retryable is False
+        assert defect.__cause__ is world.errors[value][0] and defect.__traceback__ is None
+    world.check_that_nothing_is_left()
 
 
 def test_an_overload_lowers_the_limit_for_all_and_successes_raise_it_again(world: World) -> None:
@@ -838,6 +864,21 @@ def test_a_write_that_nobody_waits_for_ends_before_the_next_one_of_its_key(world
     assert len(world.requests) == 1
     world.finish()
     assert world.rows[id(lane.entrance), 1] == later.values
+    world.check_that_nothing_is_left()
+
+
+def test_a_key_is_free_once_the_batch_of_a_cancelled_item_is_halved(world: World) -> None:
+    lane = world.lane(max_in_flight=2)
+    cancelled, refused = world.submit(lane, [Value(key=1)]), world.submit(lane, [Value(key=2), Value(key=3)])
+    world.settle_down()
+    later = world.submit(lane, [Value(key=1)])
+    world.cancel(cancelled)
+    world.settle_down()
+    assert len(world.requests) == 1
+    world.answer(first(world), Verdict.BAD_DATA)
+    world.settle_down()
+    assert [values for _, values in world.requests[1:]] == [refused.values[:1], later.values]
+    world.finish()
     world.check_that_nothing_is_left()
 
 

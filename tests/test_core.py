@@ -17,7 +17,7 @@ from llama_index_milvus_async_ext._lane import core as core_module
 from llama_index_milvus_async_ext._lane import entrance as entrance_module
 from llama_index_milvus_async_ext._lane import ledger as ledger_module
 from llama_index_milvus_async_ext._lane.entrance import Entrance
-from llama_index_milvus_async_ext._lane.items import CancelledCallError
+from llama_index_milvus_async_ext._lane.items import CancelledCallError, DeadlinePassedError
 from llama_index_milvus_async_ext._lane.lanes import Flight, Lane
 from llama_index_milvus_async_ext.retry import RetryPolicy, Verdict
 from tests.conftest import examples
@@ -474,13 +474,16 @@ def test_a_defect_of_the_users_own_policy_fails_the_items_and_names_their_error(
     def stop(_: Any) -> bool:
         raise defect
 
-    call = world.submit(world.lane(policy=patient(stop=stop)), [Value(key=1), Value(key=2)])
+    call = world.submit(world.lane(policy=patient(stop=stop)), [Value(key=key) for key in range(3)])
+    world.settle_down()
+    world.answer(first(world), Verdict.BAD_DATA)
     world.settle_down()
     world.answer(first(world), Verdict.AMBIGUOUS)
-    for value, failure in zip(call.values, call.failures, strict=True):
-        assert failure is not None and failure.error is defect
-        assert failure.ambiguous and failure.retryable is False
-        assert defect.__cause__ is world.errors[value][0] and defect.__traceback__ is None
+    failure = call.failures[0]
+    assert failure is not None and failure.error is defect and failure.ambiguous and failure.retryable is False
+    assert defect.__cause__ is world.errors[call.values[0]][-1] and defect.__traceback__ is None
+    world.finish()
+    assert call.failures == [failure, None, None], "the other half goes on"
     world.check_that_nothing_is_left()
 
 
@@ -668,7 +671,9 @@ def test_a_half_fails_with_the_error_that_it_met_itself(world: World) -> None:
     world.settle_down()
     world.answer(first(world), Verdict.TRANSIENT)
     world.advance(10)
-    assert not call.open
+    errors = [failure.error for failure in call.failures if failure]
+    assert errors[:2] == [world.errors[value][-1] for value in call.values[:2]]
+    assert all(isinstance(error, DeadlinePassedError) for error in errors[2:]), "which met none"
 
 
 def test_a_long_write_that_moves_on_never_meets_the_deadline(world: World) -> None:

@@ -71,7 +71,7 @@ class Carrier:
         flight.attempts += 1
         if flight.attempts == 1:
             flight.started_at = now
-        flight.sent, flight.sent_at, flight.is_sent = alive, now, True
+        flight.sent, flight.sent_at = alive, now
         self.counts["requests"] += 1
         self.counts[lane.kind] += len(alive)
         upsert = any(item.ambiguous or item.repeats for item in alive)
@@ -187,8 +187,7 @@ class Carrier:
     ) -> None:
         """Note how a request ended: with one result for each of its payloads, or with an error."""
         in_flight = len(self._air.holding)
-        self._air.drop(flight)
-        flight.is_sent, flight.error = False, error
+        flight.error = error
         sent, flight.sent = flight.sent, []
         if error is None and (results is None or len(results) != len(sent)):
             error = UnexpectedAnswerError(f"{len(sent)} items were sent, but {len(results or ())} results came back")

@@ -111,7 +111,7 @@ class Core:
             if flight.unsettled:
                 continue
             if flight in self._air.holding:
-                if flight.is_sent and flight.lane.abort_when_unwanted:
+                if flight.sent and flight.lane.abort_when_unwanted:
                     self._carrier.aborts.append(flight)
             else:
                 self._carrier.finish(flight)

@@ -35,7 +35,7 @@ from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import SearchGroup, search_request
 from llama_index_milvus_async_ext._nodes.node_json import NodeJson
 from llama_index_milvus_async_ext._nodes.rows import MAX_DYNAMIC_BYTES, RowEncoder
-from llama_index_milvus_async_ext._nodes.stored import found_node
+from llama_index_milvus_async_ext._nodes.stored import found_node, stored_node
 from llama_index_milvus_async_ext._nodes.vectors import pack, set_embedding
 from tests.conftest import examples
 
@@ -388,3 +388,52 @@ def test_stored_nodes_are_built_as_upstream_builds_them(node: BaseNode) -> None:
     built = found_node(store, node.node_id, entity)
     assert type(built) is type(reference)
     assert built.model_dump() == reference.model_dump() or "nan" in str(reference).lower()
+
+
+def reader(**changes: Any) -> Any:
+    settings: dict[str, Any] = {"output_fields": [], "text_key": "text", "embedding_field": "vector"}
+    return SimpleNamespace(**settings | {"collection_name": "c"} | changes)
+
+
+@settings(max_examples=examples(50), deadline=None)
+@given(nodes)
+def test_rows_that_are_looked_up_become_nodes_as_with_upstream(node: BaseNode) -> None:
+    row, _ = encoder(Schema(described())).encode(node)
+    item = {**row.entity, "vector": np.array(node.embedding)}
+    built, reference = stored_node(reader(), item), metadata_dict_to_node(item, text=row.entity["text"])
+    assert type(built) is type(reference)
+    assert built.embedding == list(item["vector"]) and type(built.embedding) is list
+    built.embedding = reference.embedding
+    assert built.model_dump() == reference.model_dump() or "nan" in str(reference).lower()
+    del item["vector"]
+    assert stored_node(reader(), item).embedding is None
+
+
+def test_a_hit_brings_the_fields_that_were_asked_for_as_its_metadata() -> None:
+    foreign = {"text": "words", "year": 5, "size": 6}
+    found = found_node(reader(output_fields=["year", "text", "none"]), 17, foreign)
+    assert type(found) is TextNode and (found.node_id, found.get_content()) == ("17", "words")
+    assert found.metadata == {"year": 5, "text": "words", "none": None}
+    assert found_node(reader(), 17, {"year": 5}).get_content() == ""
+    row, _ = encoder(Schema(described())).encode(IndexNode(id_="n", text="words", index_id="i", embedding=[0.1] * DIM))
+    written = {key: row.entity[key] for key in ("_node_content", "_node_type")}
+    for asked_for in ([], ["_node_content"]):
+        own = found_node(reader(output_fields=asked_for), "n", written)
+        assert type(own) is IndexNode and own.node_id == "n" and own.get_content() == "", "its text was not asked for"
+    plain, _ = encoder(Schema(described())).encode(a_node(metadata={"a": 1}))
+    written = {key: plain.entity[key] for key in ("_node_content", "_node_type")}
+    bare = found_node(reader(), "n1", written)
+    assert (bare.node_id, bare.metadata, bare.get_content()) == ("n1", {"a": 1}, "")
+
+
+def test_a_row_of_something_else_becomes_a_node_if_it_has_a_text() -> None:
+    row = {"pk": 17, "id": 18, "text": "words", "year": 5, "vector": [0.5, 0.25]}
+    found = stored_node(reader(output_fields=["year", "none"]), row, "pk")
+    assert (found.node_id, found.get_content(), found.embedding) == ("17", "words", [0.5, 0.25])
+    assert found.metadata == {"year": 5, "none": None}
+    assert stored_node(reader(), row).node_id == "18"
+    for textless in ({**row, "text": ""}, {"pk": 17}):
+        with pytest.raises(
+            ValueError, match=r"^row 17 of collection 'c' holds neither a node nor a text in column 'text'"
+        ):
+            stored_node(reader(), textless, "pk")

@@ -859,6 +859,20 @@ def test_a_batch_that_was_given_up_while_it_paused_is_forgotten(world: World) ->
     world.check_that_nothing_is_left()
 
 
+def test_of_many_batches_that_pause_those_that_nobody_waits_for_are_forgotten(world: World) -> None:
+    lane = world.lane(max_items=2, max_in_flight=8, ceiling=8)
+    mine, theirs = world.submit_many(lane, 12), world.submit_many(lane, 4)
+    world.settle_down()
+    assert len(world.out) == 8
+    for flight in list(world.out):
+        world.answer(flight, Verdict.TRANSIENT)
+    world.cancel(mine)
+    assert len(lane.flights) == 4
+    world.finish()
+    assert not theirs.outcomes.failed_indices()
+    world.check_that_nothing_is_left()
+
+
 def test_a_write_that_nobody_waits_for_ends_before_the_next_one_of_its_key(world: World) -> None:
     lane = world.lane()
     given_up = world.submit(lane, [Value(key=1)])

@@ -790,6 +790,69 @@ def test_lanes_of_one_exclusive_have_one_request_out_and_bar_no_others(world: Wo
     world.check_that_nothing_is_left()
 
 
+def test_who_waits_for_the_end_of_anothers_request_bars_nobody(world: World) -> None:
+    one, two = (world.lane(exclusive="a file") for _ in range(2))
+    free, newcomer = world.lane(), world.lane()
+    for lane in (two, free):
+        world.submit_many(lane, 1)
+    world.settle_down()
+    for flight in list(world.out):
+        world.answer(flight, Verdict.TRANSIENT)
+    world.submit_many(one, 1)
+    world.advance(1)
+    assert [flight.lane for flight in world.out] == [one, free]
+    world.submit_many(newcomer, 1)
+    world.settle_down()
+    assert [flight.lane for flight in world.out] == [one, free, newcomer]
+    world.finish()
+    world.check_that_nothing_is_left()
+
+
+def test_nobody_with_a_higher_ceiling_overtakes_what_is_to_be_sent_again(world: World) -> None:
+    low, high, other = world.lane(ceiling=1), world.lane(), world.lane()
+    for lane in (low, high):
+        world.submit_many(lane, 1)
+        world.settle_down()
+    assert len(world.out) == 2
+    for flight in list(world.out):
+        world.answer(flight, Verdict.TRANSIENT)
+    world.submit_many(other, 1)
+    world.settle_down()
+    world.now += 1
+    world.settle_down()
+    assert [flight.lane for flight in world.out] == [other]
+    world.submit_many(world.lane(), 1)
+    world.settle_down()
+    assert [flight.lane for flight in world.out] == [other], "nor does what comes now"
+    world.answer(first(world), None)
+    world.settle_down()
+    assert first(world).lane is low and len(world.out) == 3
+    world.finish()
+
+
+def test_nobody_with_a_higher_ceiling_overtakes_who_waits_for_a_slot(world: World) -> None:
+    lanes = [world.lane(ceiling=4), world.lane(ceiling=1), world.lane(ceiling=4), world.lane(ceiling=4)]
+    for lane in lanes:
+        world.submit_many(lane, 1)
+        world.settle_down()
+    assert [flight.lane for flight in world.out] == lanes[:1]
+    world.answer(first(world), None)
+    world.settle_down()
+    assert [flight.lane for flight in world.out] == lanes[1:]
+    world.finish()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_batch_is_filled_up_past_lanes_that_wait_for_its_slot(world: World, monkeypatch: Any, count: int) -> None:
+    monkeypatch.setattr(core_module, "_ITEMS_PER_STEP", 1)
+    lanes = [world.lane(ceiling=1) for _ in range(count)]
+    for lane in lanes:
+        world.submit_many(lane, 3)
+    world.finish()
+    assert [lane for lane, _ in world.requests] == lanes and sizes(world) == [3] * count
+    world.check_that_nothing_is_left()
+
+
 def test_a_lane_keeps_to_its_share_while_its_batches_pause(world: World) -> None:
     lane, other = world.lane(max_in_flight=2, ceiling=2), world.lane(ceiling=2)
     world.submit_many(lane, 80)

@@ -985,6 +985,18 @@ def test_a_read_that_nobody_wants_is_aborted_and_one_that_somebody_wants_is_not(
     world.check_that_nothing_is_left()
 
 
+def test_a_step_looks_at_a_window_of_calls_at_the_most(world: World, monkeypatch: Any) -> None:
+    monkeypatch.setattr(entrance_module, "WINDOW", 2)
+    lane = world.lane(max_in_flight=1)
+    for _ in range(20):
+        world.cancel(world.submit_many(lane, 1))
+    steps = 0
+    while world.step():
+        steps += 1
+    assert steps == 10
+    world.check_that_nothing_is_left()
+
+
 @pytest.mark.parametrize("unsent", [False, True])
 def test_thousands_of_one_key_can_be_cancelled(world: World, unsent: bool) -> None:
     lane = world.lane(max_in_flight=1)

@@ -353,6 +353,13 @@ def test_equal_keys_go_one_after_the_other_in_the_order_of_submission_across_lan
     world.check_that_nothing_is_left()
 
 
+def test_what_has_no_key_waits_behind_nothing(world: World) -> None:
+    world.submit(world.lane(), [Value(key=1), Value(), Value(), Value(key=2)])
+    world.finish()
+    assert sizes(world) == [4]
+    world.check_that_nothing_is_left()
+
+
 def test_a_call_waits_behind_an_equal_key_of_one_that_is_not_in_yet(world: World, monkeypatch: Any) -> None:
     monkeypatch.setattr(entrance_module, "WINDOW", 4)
     shared = Entrance(8)

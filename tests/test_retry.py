@@ -78,6 +78,7 @@ from tests.faults import First, MilvusError, Refuse
         (SchemaChangedError("changed", was_executed=True), Verdict.UNEXPECTED),
         (DeadlineError("too late"), Verdict.AMBIGUOUS),
         (MilvusException(code=1100, message="bad"), Verdict.BAD_DATA),
+        (MilvusException(code=4242, message="a code of the future"), Verdict.AMBIGUOUS),
         (MilvusException(code=1, message="not ready", compatible_code=5), Verdict.BAD_DATA),
         (MilvusException(code=1, message="not ready", compatible_code=6), Verdict.BAD_DATA),
         (RpcFailure("INVALID_ARGUMENT"), Verdict.BAD_DATA),
@@ -223,6 +224,10 @@ def test_an_error_keeps_what_it_says_of_itself() -> None:
     assert [getattr(RpcFailure(), name) for name in ("status", "details", "sent")] == ["UNKNOWN", "", True]
     closed = ClosedConnectionError()
     assert (closed.status, closed.sent, isinstance(closed, RpcFailure)) == ("CANCELLED", False, True)
+    plain, full = StatusFailure(), StatusFailure(2201, "why", 7, may_be_retried=True, blames_input=True)
+    assert (plain.code, plain.compatible_code, plain.may_be_retried, plain.blames_input) == (1, 1, False, False)
+    assert (full.code, full.message, full.compatible_code) == (2201, "why", 7)
+    assert full.may_be_retried and full.blames_input
     late = DeadlineError("too late")
     assert (late.code, late.message, isinstance(late, TimeoutError)) == (1, "too late", True)
     changed = SchemaChangedError("it changed")
@@ -232,7 +237,7 @@ def test_an_error_keeps_what_it_says_of_itself() -> None:
     errors = (
         RpcFailure("ABORTED", "why", sent=False),
         ClosedConnectionError(sent=True),
-        StatusFailure(2201, "why", 7, may_be_retried=True, blames_input=True),
+        full,
         late,
         SchemaChangedError("why", was_executed=True),
         query,
@@ -252,6 +257,7 @@ def test_a_failure_says_what_the_status_said() -> None:
     failure = StatusFailure.of(status)
     assert (failure.code, failure.message, failure.compatible_code) == (2201, "bad plan", 1)
     assert failure.blames_input and not failure.may_be_retried and not failure.schema_is_stale
+    assert StatusFailure.of(common_pb2.Status(code=5, retriable=True)).may_be_retried
     assert StatusFailure.of(common_pb2.Status(code=109, error_code=62)).schema_is_stale
 
 
@@ -282,6 +288,15 @@ def test_a_fresh_error_says_the_same_and_holds_no_frames() -> None:
     assert shared.__traceback__ is not None, "the shared one is left alone"
 
 
+def test_a_fresh_error_has_all_its_causes_and_nothing_that_it_hides() -> None:
+    first, second, third = ValueError("1"), KeyError("2"), OSError("3")
+    first.__cause__, second.__cause__, third.__context__ = second, third, RuntimeError("hidden")
+    copied = fresh(first)
+    chain = [copied, copied.__cause__, copied.__cause__ and copied.__cause__.__cause__]
+    assert list(map(repr, chain)) == list(map(repr, (first, second, third)))
+    assert chain[2] is not None and chain[2].__cause__ is None
+
+
 def test_an_error_that_cannot_be_copied_is_handed_on_itself() -> None:
     class TwoPartError(Exception):
         def __init__(self, one: str, two: str) -> None:
@@ -292,6 +307,17 @@ def test_an_error_that_cannot_be_copied_is_handed_on_itself() -> None:
     own_cause = MilvusException(code=8, message="raised from itself")
     own_cause.__cause__ = own_cause
     assert str(fresh(own_cause)) == str(own_cause) and fresh(own_cause).__cause__ is None
+
+    class ShoutingError(Exception):
+        def __init__(self, text: str) -> None:
+            super().__init__(f"{text}!")
+
+    class DisguisedError(Exception):
+        def __reduce__(self) -> Any:
+            return ValueError, self.args
+
+    for other in (ShoutingError("a"), DisguisedError("a")):
+        assert fresh(other) is other, "it would come out as another"
     noted = ValueError("x")
     noted.__cause__ = odd
     assert fresh(noted).__cause__ is None
@@ -311,6 +337,7 @@ def test_newer_pymilvus_may_call_a_property_retriable(monkeypatch: pytest.Monkey
         {"initial_backoff_seconds": 9.0},
         {"max_backoff_seconds": float("inf")},
         {"deadline_seconds": 0.0},
+        {"deadline_seconds": float("inf")},
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:

@@ -296,7 +296,9 @@ def test_mmr_takes_different_ones_among_the_hits() -> None:
         plan = planned(MODE.MMR, similarity_top_k=2, options={"mmr_threshold": threshold})
         result = result_of(a_store(), plan, hits)
         assert result.ids == ids
-        assert [node.get_content() for node in result.nodes or ()] == [f"text {id_}" for id_ in ids]
+        assert [(node.node_id, node.get_content()) for node in result.nodes or ()] == [
+            (id_, f"text {id_}") for id_ in ids
+        ]
         assert len(result.similarities or ()) == 2
     nothing = result_of(a_store(), planned(MODE.MMR), some_hits([], []))
     assert (nothing.nodes, nothing.similarities, nothing.ids) == ([], [], [])

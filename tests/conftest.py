@@ -27,7 +27,7 @@ os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(llama_index.core.__file__).
 
 # Of `make mutants`: each mutant meets the same examples, few of them, and one that fails is enough.
 MUTANTS = "mutants"
-MUTANT_EXAMPLES = 40
+MUTANT_EXAMPLES = 100
 settings.register_profile(
     MUTANTS,
     max_examples=MUTANT_EXAMPLES,

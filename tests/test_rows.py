@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from llama_index.core.schema import (
     BaseNode,
@@ -33,7 +34,7 @@ from llama_index_milvus_async_ext._milvus import write_request as writes
 from llama_index_milvus_async_ext._milvus.errors import SchemaMismatchError
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import SearchGroup, search_request
-from llama_index_milvus_async_ext._nodes.node_json import NodeJson
+from llama_index_milvus_async_ext._nodes.node_json import NodeJson, _c_encoder
 from llama_index_milvus_async_ext._nodes.rows import MAX_DYNAMIC_BYTES, RowEncoder
 from llama_index_milvus_async_ext._nodes.stored import found_node, stored_node
 from llama_index_milvus_async_ext._nodes.vectors import pack, set_embedding
@@ -133,6 +134,25 @@ def test_requests_equal_those_of_upstream_and_pymilvus(batch: list[BaseNode], up
     ),
     st.sampled_from(["text", "content", "mimetype", "metadata"]),
 )
+@example(TextNode(id_="n", text="words", metadata={"a": 1.5}, start_char_idx=0, end_char_idx=9), "content")
+@example(
+    TextNode(
+        id_="n",
+        text='"words"',
+        metadata={"a": 1, "b": None},
+        excluded_embed_metadata_keys=["a"],
+        excluded_llm_metadata_keys=["b"],
+        relationships={
+            NodeRelationship.SOURCE: RelatedNodeInfo(node_id="d", node_type=ObjectType.DOCUMENT, metadata={"c": "é"}),
+            NodeRelationship.NEXT: RelatedNodeInfo(node_id="m", hash="h"),
+        },
+        metadata_template="{key}={value}",
+        metadata_separator=";",
+        mimetype="text/html",
+        text_template="{content}",
+    ),
+    "content",
+)
 def test_plain_nodes_are_written_as_pydantic_writes_them(node: TextNode, text_key: str) -> None:
     class Other(TextNode):  # another class, which takes the way through pydantic
         pass
@@ -181,6 +201,18 @@ def test_a_relationship_whose_metadata_is_changed_in_place_is_written_anew() -> 
         written, _, _ = json.stored(TextNode(id_="n", relationships={NodeRelationship.SOURCE: source}))
         [stored] = orjson.loads(written)["relationships"].values()
         assert stored["metadata"]["a"] is value
+
+
+def test_the_encoder_that_is_made_once_writes_as_json_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    if (write := _c_encoder()) is None:
+        pytest.skip("this Python has no encoder in C")
+    for value in ({"b": [1, 2.5, None, True, 'é "\\'], "a": {}, "1": float("nan")}, [], [[], {"x": "y"}]):
+        assert "".join(write(value, 0)) == json.dumps(value, ensure_ascii=False)
+    for wrong in ({"a": object()}, {(1, 2): 3}):
+        with pytest.raises(TypeError):
+            write(wrong, 0)
+    monkeypatch.setattr(json.encoder, "c_make_encoder", None)
+    assert _c_encoder() is None
 
 
 @settings(max_examples=examples(50), deadline=None)
@@ -308,7 +340,7 @@ def test_vectors_are_packed_as_pymilvus_packs_them_or_refused(vector: list[float
 
 @given(
     st.sampled_from([TextNode, Document, ImageNode, Node]),
-    st.lists(st.floats(allow_nan=False), max_size=5),
+    st.lists(st.floats(allow_nan=False), max_size=5) | st.lists(st.integers(-9, 9), max_size=5),
     st.sampled_from([list, tuple, np.array]),
 )
 def test_a_node_is_given_its_embedding_as_by_assignment(kind: Any, numbers: list[float], of: Any) -> None:
@@ -322,6 +354,7 @@ def test_a_node_is_given_its_embedding_as_by_assignment(kind: Any, numbers: list
         return
     set_embedding(given_, embedding)
     assert given_.embedding == assigned.embedding
+    assert [*map(type, given_.embedding or ())] == [*map(type, assigned.embedding or ())]
     assert given_.embedding is not embedding, "the node's own"
     assert given_.model_fields_set == assigned.model_fields_set
     assert given_.model_dump() == assigned.model_dump()

@@ -8,6 +8,7 @@ PYTEST_ARGS ?=
 # Test processes beside each other, each with a Milvus of its own: tests wait more than they work. 0: none but pytest's.
 TEST_PROCESSES ?= 3
 BENCH_ARGS ?=
+MUTANTS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -16,7 +17,7 @@ export DOCS QUESTION URI TOKEN MODEL
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench soak clean
+.PHONY: help demo test bench soak mutants clean
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is:"
@@ -42,8 +43,12 @@ bench: $(VENV)/.bench milvus-server ## measure against the plain store and again
 soak: $(VENV)/.bench milvus-server ## ten minutes of mixed writes, deletes and searches with faults
 	$(BIN)/python -m tests.soak
 
+mutants: $(VENV)/.mutants ## put mistakes into the pure parts, one at a time: which does no test notice? [MUTANTS="..."]
+	$(BIN)/python -m mutmut run $(MUTANTS)
+	$(BIN)/python -m mutmut results
+
 clean: ## remove the environments, caches and the demo's database
-	rm -rf $(VENV) .venv-milvus build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.db
+	rm -rf $(VENV) .venv-milvus build dist mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.db
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -64,6 +69,10 @@ $(VENV)/.test: $(VENV)/.demo pyproject.toml
 
 $(VENV)/.bench: $(VENV)/.created pyproject.toml
 	$(PIP) --editable ".[test,benchmarks]"
+	@touch $@
+
+$(VENV)/.mutants: $(VENV)/.created pyproject.toml
+	$(PIP) --editable ".[test,mutants]"
 	@touch $@
 
 # A real Milvus server, for tests and benchmarks. Its own environment, as its package pins old dependencies.

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import llama_index.core
 import pytest
+from hypothesis import Phase, settings
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 from pymilvus import MilvusClient, MilvusException
 
@@ -24,6 +25,18 @@ from tests.servers import MilvusServer
 # A splitter that is unpickled in a worker process loads its tokenizer anew, and from the network unless this names the
 # copy that LlamaIndex carries. A worker without a network never answers, and its pipeline waits for ever.
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(llama_index.core.__file__).parent / "_static" / "tiktoken_cache"))
+
+# Of `make mutants`: each mutant meets the same examples, few of them, and one that fails is enough.
+MUTANTS = "mutants"
+MUTANT_EXAMPLES = 100
+settings.register_profile(
+    MUTANTS,
+    max_examples=MUTANT_EXAMPLES,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+)
 
 
 # A read with Strong consistency waits for the server's next tick, and a collection that is made or loaded for the next
@@ -53,13 +66,24 @@ class MakeNodes(Protocol):
     def __call__(self, n: int, dim: int = 8, seed: int = 0, prefix: str | None = None) -> list[TextNode]: ...
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def examples(number: int) -> int:
+    """How many examples a test of Hypothesis tries: so many, but for mutants."""
+    return min(number, MUTANT_EXAMPLES) if is_for_mutants() else number
+
+
+def is_for_mutants() -> bool:
+    return bool(settings.default == settings.get_profile(MUTANTS))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "milvus_server" in getattr(item, "fixturenames", ()):
             item.add_marker("server")
     # Of processes that share the work file by file, none is to begin with the longest when the others are done.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    if is_for_mutants():  # the first test that fails ends a run: the quick ones first
+        items.sort(key=lambda item: getattr(getattr(item, "obj", None), "is_hypothesis_test", False))
 
 
 @pytest.fixture(scope="session")

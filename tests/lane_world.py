@@ -90,6 +90,7 @@ class World:
         self.sent_at: dict[Flight[Value], float] = {}
         self.requests: list[tuple[Lane[Value, str], list[Value]]] = []
         self.upserts: list[bool] = []
+        self.pauses: list[float] = []
         self.attempts: Counter[Value] = Counter()
         self.errors: dict[Value, list[FaultError]] = defaultdict(list)
         self.acknowledged: set[Value] = set()
@@ -252,6 +253,7 @@ class World:
             assert flight in self.out and flight.lane.abort_when_unwanted
             assert not any(value in self.unsettled_values() for value in self.values_of(flight))
         for retry in effects.retries:
+            self.pauses.append(retry.pause_seconds)
             assert isinstance(retry.error, FaultError) and retry.error.verdict.is_repeated
             assert retry.pause_seconds <= 1
         for submission in effects.settled:
@@ -356,6 +358,8 @@ class World:
     def check(self) -> None:
         core = self.core
         assert core.in_flight == len(self.holding())
+        items = sum(len(values) for _, values in self.requests)
+        assert core.counts == Counter(requests=len(self.requests), items=items, retries=len(self.pauses))
         submissions = [call.outcomes for call in self.calls if call.outcomes.remaining]
         for lane in self.lanes:
             assert len(lane.flights) <= lane.max_in_flight

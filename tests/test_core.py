@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from llama_index_milvus_async_ext._lane.entrance import Entrance
 from llama_index_milvus_async_ext._lane.items import CancelledCallError, DeadlinePassedError
 from llama_index_milvus_async_ext._lane.lanes import Flight, Lane
 from llama_index_milvus_async_ext.retry import RetryPolicy, Verdict
+from tests.conftest import examples
 from tests.lane_world import LAST_ATTEMPT_SECONDS, Call, Value, World
 
 
@@ -182,7 +184,7 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 TestCore = CoreMachine.TestCase
-TestCore.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+TestCore.settings = settings(max_examples=examples(300), stateful_step_count=50, deadline=None)
 
 
 # --- each guarantee by itself
@@ -311,7 +313,7 @@ def test_one_bad_item_fails_alone_and_costs_few_requests(world: World, n: int, p
     assert failure is not None and not failure.retryable and not failure.ambiguous
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 64, 500, 1_000])
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 68, 500, 1_000])
 def test_a_batch_of_bad_items_costs_a_bounded_number_of_requests(world: World, n: int) -> None:
     call = world.submit(world.lane(max_items=n, max_in_flight=1), [Value(bad=True)] * n)
     doublings = n.bit_length()
@@ -330,6 +332,14 @@ def test_a_request_that_is_too_large_is_split_until_it_is_not(world: World) -> N
     call = world.submit_many(world.lane(), 1)
     assert world.finish(lambda _: Verdict.TOO_LARGE) == 1
     assert call.failures[0] is not None and not call.failures[0].retryable
+
+
+def test_as_many_bad_items_as_may_be_paid_for_are_each_told_apart(world: World) -> None:
+    bad = [index for index in range(64) if index % 5 == 4]
+    call = world.submit(world.lane(max_items=64, max_in_flight=1), [Value(bad=index in bad) for index in range(64)])
+    world.finish()
+    assert call.outcomes.failed_indices() == bad
+    assert not any(failure.retryable for failure in call.failures if failure)
 
 
 def test_an_item_that_cant_be_prepared_costs_no_request_and_no_neighbour(world: World) -> None:
@@ -387,6 +397,13 @@ def test_equal_keys_go_one_after_the_other_in_the_order_of_submission_across_lan
     world.check_that_nothing_is_left()
 
 
+def test_what_has_no_key_waits_behind_nothing(world: World) -> None:
+    world.submit(world.lane(), [Value(key=1), Value(), Value(), Value(key=2)])
+    world.finish()
+    assert sizes(world) == [4]
+    world.check_that_nothing_is_left()
+
+
 def test_a_call_waits_behind_an_equal_key_of_one_that_is_not_in_yet(world: World, monkeypatch: Any) -> None:
     monkeypatch.setattr(entrance_module, "WINDOW", 4)
     shared = Entrance(8)
@@ -407,6 +424,16 @@ def test_a_call_waits_behind_an_equal_key_of_one_that_is_not_in_yet(world: World
     assert order.index(equal.values[0]) < order.index(after_it.values[0])
 
 
+def test_a_call_waits_behind_an_equal_key_of_one_that_is_kept_out(world: World, monkeypatch: Any) -> None:
+    monkeypatch.setattr(entrance_module, "WINDOW", 2)
+    lane = world.lane(entrance=Entrance(2), max_items=2, max_in_flight=1)
+    world.submit(lane, [Value(key=key) for key in range(10)])
+    kept_out, behind = world.submit(lane, [Value(key=9), Value(key=100)]), world.submit(lane, [Value(key=100)])
+    world.finish()
+    order = [value for _, values in world.requests for value in values]
+    assert order.index(kept_out.values[1]) < order.index(behind.values[0])
+
+
 def test_an_item_whose_key_came_before_is_sent_as_an_upsert(world: World) -> None:
     world.submit(world.lane(), [Value(key=1), Value(key=2), Value(key=1)])
     world.finish()
@@ -421,6 +448,22 @@ def test_an_equal_key_far_behind_in_the_same_call_is_sent_as_an_upsert_too(world
     world.submit(lane, [Value(key=1), Value(key=2), Value(key=3), Value(key=1)])
     world.finish()
     assert world.upserts == [False, False, False, True]
+
+
+def test_an_equal_key_is_sent_as_an_upsert_though_later_calls_were_looked_at_first(
+    world: World, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(entrance_module, "WINDOW", 2)
+    lane = world.lane(entrance=Entrance(2), ceiling=1, max_in_flight=1, max_items=2)
+    world.submit(lane, [Value(key=key) for key in range(9)])
+    second = world.submit(lane, [Value(key=1), Value(key=0)])
+    world.settle_down()
+    world.answer(first(world), Verdict.UNEXPECTED)
+    world.settle_down()
+    world.submit(lane, [Value(key=key) for key in range(7)])
+    world.finish()
+    sent = zip(world.requests, world.upserts, strict=True)
+    assert all(upsert for (_, values), upsert in sent if set(values).intersection(second.values))
 
 
 @pytest.mark.parametrize("verdict", [Verdict.TRANSIENT, Verdict.OVERLOAD, Verdict.AMBIGUOUS])
@@ -488,6 +531,34 @@ def test_rejections_for_overload_take_no_attempt_from_those_that_count(world: Wo
     assert call.failures[0] is not None and call.failures[0].attempts == 5
 
 
+def test_the_policy_knows_an_overload_from_another_fault(world: World, monkeypatch: Any) -> None:
+    monkeypatch.setattr(random, "random", lambda: 1.0)
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    world.submit_many(world.lane(policy=RetryPolicy(initial_backoff_seconds=1, max_backoff_seconds=1)), 1)
+    fates = iter([Verdict.OVERLOAD, Verdict.TRANSIENT])
+    world.finish(lambda _: next(fates, None))
+    assert world.pauses == pytest.approx([0.1, 1.0])
+
+
+def test_a_defect_of_the_users_own_policy_fails_the_items_and_names_their_error(world: World) -> None:
+    defect = ValueError("of the policy")
+
+    def stop(_: Any) -> bool:
+        raise defect
+
+    call = world.submit(world.lane(policy=patient(stop=stop)), [Value(key=key) for key in range(3)])
+    world.settle_down()
+    world.answer(first(world), Verdict.BAD_DATA)
+    world.settle_down()
+    world.answer(first(world), Verdict.AMBIGUOUS)
+    failure = call.failures[0]
+    assert failure is not None and failure.error is defect and failure.ambiguous and failure.retryable is False
+    assert defect.__cause__ is world.errors[call.values[0]][-1] and defect.__traceback__ is None
+    world.finish()
+    assert call.failures == [failure, None, None], "the other half goes on"
+    world.check_that_nothing_is_left()
+
+
 def test_an_overload_lowers_the_limit_for_all_and_successes_raise_it_again(world: World) -> None:
     lane = world.lane(max_items=1, max_in_flight=8, ceiling=8)
     world.submit_many(lane, 8)
@@ -533,6 +604,14 @@ def test_an_attempt_has_its_own_time_out_or_what_is_left_and_a_last_one_a_little
         world.advance(1)
     assert time_outs == pytest.approx([6, 6, 6, 5.1, 0.1])
     world.check_that_nothing_is_left()
+
+
+def test_a_request_may_outlive_the_deadline_by_a_tenth_of_a_second(world: World) -> None:
+    for bound, seconds in ((50.0, 20.1), (6.0, 6.0)):
+        world.submit_many(world.lane(rpc_timeout_seconds=bound, policy=patient(deadline_seconds=20)), 1)
+        world.settle_down()
+        assert world.out[first(world)].timeout_seconds == pytest.approx(seconds)
+        world.finish()
 
 
 def test_a_dead_endpoint_costs_the_deadline_in_all_however_much_waits(world: World) -> None:
@@ -633,6 +712,54 @@ def test_each_of_a_batch_is_given_up_at_its_own_deadline(world: World) -> None:
         else:
             world.advance(0.05)
     assert all(20 <= seconds <= 20 + LAST_ATTEMPT_SECONDS + 0.05 for seconds in lasted), lasted
+
+
+def test_a_half_that_is_given_up_leaves_the_other_its_own_time(world: World) -> None:
+    lane = world.lane(ceiling=1, max_in_flight=1, rpc_timeout_seconds=50, policy=patient(deadline_seconds=20))
+    other = world.lane(ceiling=1, rpc_timeout_seconds=50, policy=patient(deadline_seconds=100))
+    world.submit_many(lane, 1)
+    world.settle_down()
+    old = world.submit_many(lane, 1)
+    world.advance(5)
+    new = world.submit_many(lane, 1)
+    world.answer(first(world), Verdict.PERMANENT)
+    world.settle_down()
+    assert world.requests[-1][1] == [*old.values, *new.values]
+    world.submit_many(other, 1)
+    world.settle_down()
+    world.answer(first(world), Verdict.BAD_DATA)
+    world.settle_down()
+    assert first(world).lane is lane
+    world.answer(first(world), Verdict.TRANSIENT)
+    world.settle_down()
+    assert first(world).lane is other, "and so the half waits for a slot"
+    world.advance(15.5)
+    assert not old.open and new.open
+    world.answer(first(world), None)
+    world.settle_down()
+    assert world.requests[-1][1] == new.values and len(world.out) == 1
+    world.finish()
+    assert new.failures == [None]
+    world.check_that_nothing_is_left()
+
+
+def test_a_half_of_which_nothing_can_be_prepared_again_gives_its_slot_up(world: World) -> None:
+    refused: set[Value] = set()
+
+    def prepare_once(value: Value) -> tuple[Value, int]:
+        if value in refused:
+            raise ValueError("gone")
+        return value, 1
+
+    call = world.submit_many(world.lane(prepare=prepare_once), 2)
+    world.settle_down()
+    refused.add(call.values[0])
+    world.answer(first(world), Verdict.BAD_DATA)
+    world.settle_down()
+    world.check()
+    assert world.requests[-1][1] == [call.values[1]]
+    world.finish()
+    assert call.outcomes.failed_indices() == [0]
     world.check_that_nothing_is_left()
 
 
@@ -657,7 +784,9 @@ def test_a_half_fails_with_the_error_that_it_met_itself(world: World) -> None:
     world.settle_down()
     world.answer(first(world), Verdict.TRANSIENT)
     world.advance(10)
-    assert not call.open
+    errors = [failure.error for failure in call.failures if failure]
+    assert errors[:2] == [world.errors[value][-1] for value in call.values[:2]]
+    assert all(isinstance(error, DeadlinePassedError) for error in errors[2:]), "which met none"
 
 
 def test_a_long_write_that_moves_on_never_meets_the_deadline(world: World) -> None:
@@ -739,6 +868,17 @@ def test_callers_share_a_batch_evenly(world: World) -> None:
     batch = world.requests[-1][1]
     assert len([value for value in batch if value in small.values]) == 4
     assert len([value for value in batch if value in large.values]) == 4
+
+
+def test_more_callers_than_divide_a_batch_share_it_too(world: World) -> None:
+    lane = world.lane(max_in_flight=1)
+    calls = [world.submit_many(lane, 100) for _ in range(3)]
+    world.settle_down()
+    assert [sum(value in call.values for value in world.requests[0][1]) for call in calls] == [4, 2, 2]
+    many, before = world.lane(), len(world.requests)
+    calls = [world.submit_many(many, 5) for _ in range(12)]
+    world.settle_down()
+    assert [sum(value in call.values for value in world.requests[before][1]) for call in calls] == [1] * 8 + [0] * 4
 
 
 @pytest.mark.parametrize("capacity", [10, 16, 10_000])
@@ -929,6 +1069,69 @@ def test_lanes_of_one_exclusive_have_one_request_out_and_bar_no_others(world: Wo
     world.check_that_nothing_is_left()
 
 
+def test_who_waits_for_the_end_of_anothers_request_bars_nobody(world: World) -> None:
+    one, two = (world.lane(exclusive="a file") for _ in range(2))
+    free, newcomer = world.lane(), world.lane()
+    for lane in (two, free):
+        world.submit_many(lane, 1)
+    world.settle_down()
+    for flight in list(world.out):
+        world.answer(flight, Verdict.TRANSIENT)
+    world.submit_many(one, 1)
+    world.advance(1)
+    assert [flight.lane for flight in world.out] == [one, free]
+    world.submit_many(newcomer, 1)
+    world.settle_down()
+    assert [flight.lane for flight in world.out] == [one, free, newcomer]
+    world.finish()
+    world.check_that_nothing_is_left()
+
+
+def test_nobody_with_a_higher_ceiling_overtakes_what_is_to_be_sent_again(world: World) -> None:
+    low, high, other = world.lane(ceiling=1), world.lane(), world.lane()
+    for lane in (low, high):
+        world.submit_many(lane, 1)
+        world.settle_down()
+    assert len(world.out) == 2
+    for flight in list(world.out):
+        world.answer(flight, Verdict.TRANSIENT)
+    world.submit_many(other, 1)
+    world.settle_down()
+    world.now += 1
+    world.settle_down()
+    assert [flight.lane for flight in world.out] == [other]
+    world.submit_many(world.lane(), 1)
+    world.settle_down()
+    assert [flight.lane for flight in world.out] == [other], "nor does what comes now"
+    world.answer(first(world), None)
+    world.settle_down()
+    assert first(world).lane is low and len(world.out) == 3
+    world.finish()
+
+
+def test_nobody_with_a_higher_ceiling_overtakes_who_waits_for_a_slot(world: World) -> None:
+    lanes = [world.lane(ceiling=4), world.lane(ceiling=1), world.lane(ceiling=4), world.lane(ceiling=4)]
+    for lane in lanes:
+        world.submit_many(lane, 1)
+        world.settle_down()
+    assert [flight.lane for flight in world.out] == lanes[:1]
+    world.answer(first(world), None)
+    world.settle_down()
+    assert [flight.lane for flight in world.out] == lanes[1:]
+    world.finish()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_batch_is_filled_up_past_lanes_that_wait_for_its_slot(world: World, monkeypatch: Any, count: int) -> None:
+    monkeypatch.setattr(core_module, "_ITEMS_PER_STEP", 1)
+    lanes = [world.lane(ceiling=1) for _ in range(count)]
+    for lane in lanes:
+        world.submit_many(lane, 3)
+    world.finish()
+    assert [lane for lane, _ in world.requests] == lanes and sizes(world) == [3] * count
+    world.check_that_nothing_is_left()
+
+
 def test_a_lane_keeps_to_its_share_while_its_batches_pause(world: World) -> None:
     lane, other = world.lane(max_in_flight=2, ceiling=2), world.lane(ceiling=2)
     world.submit_many(lane, 80)
@@ -955,6 +1158,23 @@ def test_what_is_cancelled_while_it_waits_was_not_sent_and_what_is_under_way_may
     world.finish()
     assert not theirs.outcomes.failed_indices()
     world.check_that_nothing_is_left()
+
+
+def test_at_any_time_it_is_known_which_have_no_outcome(world: World, monkeypatch: Any) -> None:
+    monkeypatch.setattr(entrance_module, "WINDOW", 2)
+    lane = world.lane(entrance=Entrance(2), max_items=2, max_in_flight=1, rpc_timeout_seconds=50)
+    call = world.submit_many(lane, 9)
+    assert call.outcomes.unsettled_indices() == set(range(9)), "none is in"
+    world.settle_down()
+    assert call.outcomes.unsettled_indices() == set(range(9)), "some are in, and some under way"
+    world.answer(first(world), None)
+    world.settle_down()
+    assert call.outcomes.unsettled_indices() == set(range(2, 9))
+    world.now += 20.01
+    world.settle_down()
+    assert call.outcomes.unsettled_indices() == {2, 3}, "those under way; the others were given up"
+    world.answer(first(world), None)
+    assert call.outcomes.unsettled_indices() == set()
 
 
 @pytest.mark.parametrize("abort_when_unwanted", [False, True])
@@ -985,6 +1205,20 @@ def test_a_batch_that_was_given_up_while_it_paused_is_forgotten(world: World) ->
     world.check_that_nothing_is_left()
 
 
+def test_of_many_batches_that_pause_those_that_nobody_waits_for_are_forgotten(world: World) -> None:
+    lane = world.lane(max_items=2, max_in_flight=8, ceiling=8)
+    mine, theirs = world.submit_many(lane, 12), world.submit_many(lane, 4)
+    world.settle_down()
+    assert len(world.out) == 8
+    for flight in list(world.out):
+        world.answer(flight, Verdict.TRANSIENT)
+    world.cancel(mine)
+    assert len(lane.flights) == 4
+    world.finish()
+    assert not theirs.outcomes.failed_indices()
+    world.check_that_nothing_is_left()
+
+
 def test_a_write_that_nobody_waits_for_ends_before_the_next_one_of_its_key(world: World) -> None:
     lane = world.lane()
     given_up = world.submit(lane, [Value(key=1)])
@@ -995,6 +1229,21 @@ def test_a_write_that_nobody_waits_for_ends_before_the_next_one_of_its_key(world
     assert len(world.requests) == 1
     world.finish()
     assert world.rows[id(lane.entrance), 1] == later.values
+    world.check_that_nothing_is_left()
+
+
+def test_a_key_is_free_once_the_batch_of_a_cancelled_item_is_halved(world: World) -> None:
+    lane = world.lane(max_in_flight=2)
+    cancelled, refused = world.submit(lane, [Value(key=1)]), world.submit(lane, [Value(key=2), Value(key=3)])
+    world.settle_down()
+    later = world.submit(lane, [Value(key=1)])
+    world.cancel(cancelled)
+    world.settle_down()
+    assert len(world.requests) == 1
+    world.answer(first(world), Verdict.BAD_DATA)
+    world.settle_down()
+    assert [values for _, values in world.requests[1:]] == [refused.values[:1], later.values]
+    world.finish()
     world.check_that_nothing_is_left()
 
 
@@ -1016,6 +1265,18 @@ def test_a_read_that_nobody_wants_is_aborted_and_one_that_somebody_wants_is_not(
     world.cancel(two)
     assert aborted == list(world.out)
     world.finish()
+    world.check_that_nothing_is_left()
+
+
+def test_a_step_looks_at_a_window_of_calls_at_the_most(world: World, monkeypatch: Any) -> None:
+    monkeypatch.setattr(entrance_module, "WINDOW", 2)
+    lane = world.lane(max_in_flight=1)
+    for _ in range(20):
+        world.cancel(world.submit_many(lane, 1))
+    steps = 0
+    while world.step():
+        steps += 1
+    assert steps == 10
     world.check_that_nothing_is_left()
 
 

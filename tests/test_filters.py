@@ -31,7 +31,7 @@ from llama_index_milvus_async_ext._queries.filters import (
     search_expression,
     string_literal,
 )
-from tests.conftest import Backend
+from tests.conftest import Backend, examples
 
 AND, OR, NOT = FilterCondition.AND, FilterCondition.OR, FilterCondition.NOT
 Op = FilterOperator
@@ -431,7 +431,7 @@ nested_filters = st.recursive(
 
 @given(parts=st.lists(nested_filters, min_size=1, max_size=3))
 @settings(
-    max_examples=60,
+    max_examples=examples(60),
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=list(HealthCheck),

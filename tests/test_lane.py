@@ -20,6 +20,7 @@ from llama_index_milvus_async_ext._lane.lanes import Lane
 from llama_index_milvus_async_ext._lane.shell import Shell
 from llama_index_milvus_async_ext.retry import RetryPolicy, Verdict
 from tests import virtual_time
+from tests.conftest import examples
 from tests.lane_server import (
     FaultError,
     Item,
@@ -299,7 +300,7 @@ def arrivals(draw: st.DrawFn) -> Any:
     return calls, draw(st.lists(faults, max_size=40)), draw(st.booleans()), bounds
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(arrivals(), st.integers(0, 2**32 - 1))
 def test_every_item_gets_exactly_its_own_outcome(world: Any, seed: int) -> None:
     calls, script, keyed, bounds = world

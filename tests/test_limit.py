@@ -54,7 +54,8 @@ def test_it_does_not_grow_while_it_is_not_in_use() -> None:
 
 
 def test_whoever_asks_for_more_raises_it_unless_it_is_lowered_now() -> None:
-    limit = Limit(2)
+    limit = Limit()
+    assert limit.current == 1
     limit.allow(6)
     assert limit.current == 6
     limit.allow(3)

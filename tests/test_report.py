@@ -1,134 +1,112 @@
-"""Reports: what a write made in parts, or shared, or made again, says of all of it together."""
+"""What a report says of a write, and where it is found again."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
-from dataclasses import replace
+import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from llama_index.core.schema import TextNode
-from llama_index_instrumentation import get_dispatcher
-from llama_index_instrumentation.event_handlers import BaseEventHandler
+from pymilvus.exceptions import MilvusException
 
-from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy, WriteReport
-from llama_index_milvus_async_ext import writer as writer_module
-from llama_index_milvus_async_ext._milvus.errors import StatusFailure
-from llama_index_milvus_async_ext._store.parts import Part
-from llama_index_milvus_async_ext.events import MilvusWriteEvent
-from llama_index_milvus_async_ext.report import FailedNode
-from tests.conftest import MakeNodes
-from tests.fault_proxy import FaultProxy
-from tests.faults import First, Held, LoseAnswer, Nth, rate_limit
-from tests.waiting import until
-
-DIM = 8
-WRITES = ("Insert", "Upsert")
-QUICK = RetryPolicy(initial_backoff_seconds=0.001, max_backoff_seconds=0.01, deadline_seconds=20)
+from llama_index_milvus_async_ext import FailedNode, WriteError, WriteReport
 
 
-@pytest.fixture
-def store(proxy: FaultProxy, collection_name: str) -> Iterator[AsyncMilvusVectorStore]:
-    with AsyncMilvusVectorStore(uri=proxy.uri, collection_name=collection_name, dim=DIM, retry=QUICK) as store:
-        proxy.clear()
-        yield store
+def lost(id_: str, error: BaseException | None = None) -> FailedNode:
+    return FailedNode(TextNode(id_=id_), error or ValueError(f"no room for {id_}"), attempts=1, retryable=True)
 
 
-@pytest.fixture
-def events() -> Iterator[list[MilvusWriteEvent]]:
-    told: list[MilvusWriteEvent] = []
-
-    class Handler(BaseEventHandler):
-        def handle(self, event: Any, **kwargs: Any) -> None:
-            if isinstance(event, MilvusWriteEvent):
-                told.append(event)
-
-    dispatcher, handler = get_dispatcher("root"), Handler()
-    dispatcher.add_event_handler(handler)
-    yield told
-    dispatcher.event_handlers.remove(handler)
+def test_a_report_is_ok_if_nothing_failed_and_nothing_is_unknown() -> None:
+    good = WriteReport(written=["a"], retries=3)
+    good.raise_for_failures()
+    assert good.ok and WriteReport().ok
+    for bad in (WriteReport(written=["a"], failed=[lost("b")]), WriteReport(written=["a"], unknown=[lost("b")])):
+        assert not bad.ok
+        with pytest.raises(WriteError) as raised:
+            bad.raise_for_failures()
+        assert raised.value.report is bad
 
 
-def failed(name: str, attempts: int) -> FailedNode:
-    return FailedNode(TextNode(id_=name), StatusFailure(8, "rate limit"), attempts, True)
+def test_a_report_shows_its_numbers_and_not_its_nodes() -> None:
+    report = WriteReport(["a", "b", "c"], [lost("d")], [lost("e"), lost("f")], retries=4, elapsed_seconds=1.23456)
+    assert repr(report) == "WriteReport(written=3, failed=1, unknown=2, retries=4, elapsed_seconds=1.235)"
 
 
-def test_a_report_of_parts_is_all_of_them_in_their_order() -> None:
+def test_parts_are_merged_in_their_order() -> None:
     parts = [
-        WriteReport(["a", "b"], [failed("c", 1)], [], retries=2, elapsed_seconds=5.0),
-        WriteReport(["d"], [], [failed("e", 4)], retries=0, elapsed_seconds=7.0),
-        WriteReport([], [failed("f", 2)], [failed("g", 3), failed("h", 1)], retries=3, elapsed_seconds=1.0),
+        WriteReport(["a"], [lost("b")], [lost("c")], retries=1, elapsed_seconds=5.0),
+        WriteReport(["d"], [lost("e")], [lost("f")], retries=2, elapsed_seconds=6.0),
     ]
-    merged = WriteReport.merged(iter(parts), elapsed_seconds=8.0)
-    assert merged.written == ["a", "b", "d"]
-    assert [(f.node.node_id, f.attempts) for f in merged.failed] == [("c", 1), ("f", 2)]
-    assert [(f.node.node_id, f.attempts) for f in merged.unknown] == [("e", 4), ("g", 3), ("h", 1)]
-    assert (merged.retries, merged.elapsed_seconds, merged.ok) == (5, 8.0, False)
-    assert parts[0].written == ["a", "b"] and len(parts[0].failed) == 1, "the parts are left alone"
-    nothing = WriteReport.merged([], elapsed_seconds=0.5)
-    assert nothing.ok and (nothing.written, nothing.retries, nothing.elapsed_seconds) == ([], 0, 0.5)
+    total = WriteReport.merged(iter(parts), 7.0)
+    assert total.written == ["a", "d"]
+    assert total.failed == [*parts[0].failed, *parts[1].failed]
+    assert total.unknown == [*parts[0].unknown, *parts[1].unknown]
+    assert (total.retries, total.elapsed_seconds) == (3, 7.0)
+    assert parts[0].written == ["a"], "the parts are left alone"
 
 
-def test_the_embedding_models_error_takes_the_place_of_the_stores_and_of_nothing_else() -> None:
-    without, rejected = failed("a", 0), failed("b", 2)
-    report = WriteReport(["c"], [without, rejected], [failed("d", 1)], retries=3, elapsed_seconds=2.0)
-    error = RuntimeError("out of memory")
-    part = Part([], [], errors={id(f.node): error for f in (without, rejected)}, report=report)
-    explained = part.explained()
-    assert explained.failed == [FailedNode(without.node, error, 0, True), rejected]
-    assert replace(explained, failed=report.failed) == report
+def caused(cause: BaseException) -> BaseException:
+    error = KeyError()
+    error.__cause__ = cause
+    return error
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-async def test_a_writers_report_has_the_retries_of_all_its_parts(
-    store: AsyncMilvusVectorStore,
-    proxy: FaultProxy,
-    make_nodes: MakeNodes,
-    events: list[MilvusWriteEvent],
-    monkeypatch: pytest.MonkeyPatch,
-    is_async: bool,
-) -> None:
-    monkeypatch.setattr(writer_module, "_NODES_PER_PART", 10)
-    store.batch_size = 10
-    rejected = proxy.script(rate_limit(), method=WRITES, on=lambda number: number in (1, 2, 4, 6))
-    writer = AsyncMilvusWriter(vector_store=store, show_progress=True)
-    nodes = make_nodes(30, dim=DIM)
-    await writer.acall(nodes) if is_async else writer(nodes)
-    report = writer.last_report
-    assert report is not None and report.written == [node.node_id for node in nodes]
-    assert rejected.struck == 4 and len(events) == 3
-    assert sum(event.retries > 0 for event in events) >= 2, "of more than one part"
-    assert report.retries == sum(event.retries for event in events) >= 4
+def hidden(context: BaseException) -> BaseException:
+    error = KeyError()
+    error.__context__ = context
+    return error
 
 
-async def test_a_failed_writers_report_keeps_the_attempts_at_each_node(
-    store: AsyncMilvusVectorStore, proxy: FaultProxy, make_nodes: MakeNodes
-) -> None:
-    store.retry = RetryPolicy(max_attempts=3, initial_backoff_seconds=0.001, max_backoff_seconds=0.01)
-    nodes = make_nodes(4, dim=DIM)
-    nodes[1].embedding = [1.0]
-    proxy.script(rate_limit(), method=WRITES, on=Nth(1))  # no attempt that counts, but one that the nodes were in
-    proxy.script(LoseAnswer(), method=WRITES)
-    writer = AsyncMilvusWriter(vector_store=store, on_failure="collect")
-    await writer.acall(nodes)
-    report = writer.last_report
-    assert report is not None
-    assert [(f.node, f.attempts) for f in report.failed] == [(nodes[1], 0)]
-    assert [(f.node, f.attempts) for f in report.unknown] == [(node, 4) for node in (nodes[0], *nodes[2:])]
-    assert report.retries == 3
+def grouped(error: BaseException) -> BaseException:
+    group: Any = KeyError()
+    group.exceptions = (ValueError(), error, TypeError())  # as an ExceptionGroup, which Python 3.10 has none of
+    return group  # type: ignore[no-any-return]
 
 
-async def test_each_of_the_callers_of_a_shared_request_hears_of_its_retries(
-    store: AsyncMilvusVectorStore, proxy: FaultProxy, make_nodes: MakeNodes, held: Held
-) -> None:
-    proxy.script(held, method=WRITES, on=Nth(1))
-    first = asyncio.create_task(store.awrite(make_nodes(1, dim=DIM)))
-    await until(lambda: proxy.in_flight("Upsert") == 1)
-    proxy.script(rate_limit(), method=WRITES, on=First(2))
-    writing = [asyncio.create_task(store.awrite(make_nodes(count, dim=DIM))) for count in (1, 2, 3)]
-    await until(lambda: store.statistics().waiting == 6)
-    held.let_go()
-    reports = await asyncio.gather(first, *writing)
-    assert [record.rows for record in proxy.requests_of("Upsert")] == [1, 6, 6, 6]
-    assert [(len(report.written), report.retries) for report in reports] == [(1, 0), (1, 2), (2, 2), (3, 2)]
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda error: error,
+        caused,
+        hidden,
+        grouped,
+        lambda error: hidden(caused(grouped(error))),
+        lambda error: grouped(hidden(error)),
+    ],
+)
+def test_a_report_is_found_behind_any_error(behind: Any) -> None:
+    carrier = KeyboardInterrupt()
+    carrier.report = report = WriteReport(["a"])  # type: ignore[attr-defined]
+    error = behind(carrier)
+    assert WriteReport.of(error) is report
+    carrier.__cause__ = error  # and round in a circle
+    assert WriteReport.of(error) is report
+    carrier.report = SimpleNamespace(written=["a"])  # type: ignore[attr-defined]
+    assert WriteReport.of(error) is None, "the report of something else"
+
+
+def test_a_write_error_names_the_first_ones_and_how_many_more() -> None:
+    named = ValueError("node 'b' can't be stored: it has no embedding; set it")
+    report = WriteReport(["a"], [lost("b", named), lost("c" * 100)], [lost("d"), lost("e"), lost("f")])
+    assert str(WriteError(report)).splitlines() == [
+        "5 of 6 nodes were not written (2 failed, 3 unknown):",
+        "  node 'b' can't be stored: it has no embedding; set it",
+        f"  node '{'c' * 80}': no room for {'c' * 100}",
+        "  node 'd': no room for d",
+        "  and 2 more",
+        "All of them, with their errors, are in the .report of this error.",
+    ]
+    three = WriteReport([], [lost("b")], [lost("c"), lost("d")])
+    assert "more" not in str(WriteError(three)) and "node 'd'" in str(WriteError(three))
+
+
+def test_a_write_error_has_the_code_of_the_first_error_of_milvus() -> None:
+    errors = [ValueError("bad"), MilvusException(code=8, message="slow down"), MilvusException(code=9, message="")]
+    report = WriteReport(failed=[lost("a", errors[0])], unknown=[lost("b", errors[1]), lost("c", errors[2])])
+    error = WriteError(report)
+    assert (error.code, error.message) == (8, "3 nodes not written")
+    assert WriteError(WriteReport(failed=report.failed)).code == 65535
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.code, str(again)) == (WriteError, 8, str(error))
+    assert again.report.failed[0].node == report.failed[0].node

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import random
+import struct
 from typing import Any
 
 import grpc
 import pytest
+import tenacity
 from pymilvus import MilvusClient
 from pymilvus.exceptions import DataNotMatchException, MilvusException, ParamError
 from pymilvus.grpc_gen import common_pb2
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy
 from llama_index_milvus_async_ext._milvus.errors import (
+    ClosedConnectionError,
+    DeadlineError,
     QueryError,
     QueryMismatchError,
     RpcFailure,
+    SchemaChangedError,
     SchemaMismatchError,
     StatusFailure,
     classify,
@@ -65,6 +71,25 @@ from tests.faults import First, MilvusError, Refuse
         (StatusFailure(1100, "bad"), Verdict.BAD_DATA),
         (StatusFailure(65535, "bad"), Verdict.BAD_DATA),
         (MilvusException(message="wait for loading collection timeout"), Verdict.AMBIGUOUS),
+        (ClosedConnectionError(), Verdict.PERMANENT),
+        (ClosedConnectionError(sent=True), Verdict.UNEXPECTED),
+        (SchemaChangedError("changed"), Verdict.PERMANENT),
+        (SchemaChangedError("changed", was_executed=True), Verdict.UNEXPECTED),
+        (DeadlineError("too late"), Verdict.AMBIGUOUS),
+        (MilvusException(code=1100, message="bad"), Verdict.BAD_DATA),
+        (MilvusException(code=4242, message="a code of the future"), Verdict.AMBIGUOUS),
+        (MilvusException(code=1, message="not ready", compatible_code=5), Verdict.BAD_DATA),
+        (MilvusException(code=1, message="not ready", compatible_code=6), Verdict.BAD_DATA),
+        (RpcFailure("INVALID_ARGUMENT"), Verdict.BAD_DATA),
+        (RpcFailure("OUT_OF_RANGE"), Verdict.BAD_DATA),
+        (StatusFailure(0, "no code at all", 0), Verdict.BAD_DATA),
+        (StatusFailure(100, "Milvus itself would try again", may_be_retried=True), Verdict.AMBIGUOUS),
+        (StatusFailure(8, "rate limit", may_be_retried=True), Verdict.OVERLOAD),
+        (StatusFailure(100, "no collection", blames_input=True), Verdict.PERMANENT),
+        (TypeError("bad"), Verdict.BAD_DATA),
+        (KeyError("bad"), Verdict.BAD_DATA),
+        (OverflowError("bad"), Verdict.BAD_DATA),
+        (struct.error("bad"), Verdict.BAD_DATA),
         (QueryError("bad"), Verdict.BAD_DATA),
         (QueryMismatchError("bad"), Verdict.BAD_DATA),
         (DataNotMatchException(message="bad"), Verdict.BAD_DATA),
@@ -112,6 +137,82 @@ def test_what_is_no_fault_of_the_data_is_tried_again(
         store.close()
 
 
+class GrpcError(grpc.RpcError):  # type: ignore[misc]
+    """As gRPC raises them: a call of its own, which says what came of it."""
+
+    def __init__(self, code: grpc.StatusCode, details: str | None) -> None:
+        super().__init__()
+        self.code = lambda: code
+        self.details = lambda: details
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "verdict"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses; last error: refused", Verdict.TRANSIENT),
+        (grpc.StatusCode.UNAVAILABLE, "Socket closed", Verdict.AMBIGUOUS),
+        (grpc.StatusCode.UNAVAILABLE, None, Verdict.AMBIGUOUS),
+        (grpc.StatusCode.INTERNAL, "failed to connect to all addresses", Verdict.AMBIGUOUS),
+        (grpc.StatusCode.PERMISSION_DENIED, "no", Verdict.PERMANENT),
+    ],
+)
+def test_only_a_connection_that_was_never_made_proves_that_nothing_was_sent(
+    code: grpc.StatusCode, details: str | None, verdict: Verdict
+) -> None:
+    error = GrpcError(code, details)
+    assert classify(error) is verdict
+    kept = RpcFailure.from_grpc(error)
+    assert (kept.status, kept.details, kept.code) == (code.name, details or "", 2)
+    assert kept.sent == (verdict is not Verdict.TRANSIENT)
+    assert str(kept) == f"<RpcFailure: (code=2, message={code.name}: {details or ''})>"
+
+
+def test_the_cause_of_what_pymilvus_met_itself_decides() -> None:
+    for cause, verdict in (
+        (None, Verdict.AMBIGUOUS),
+        (TimeoutError(), Verdict.AMBIGUOUS),
+        (grpc.FutureTimeoutError(), Verdict.AMBIGUOUS),
+        (ValueError("bad"), Verdict.BAD_DATA),
+        (GrpcError(grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses"), Verdict.TRANSIENT),
+    ):
+        hidden, raised_from = MilvusException(message="failed"), MilvusException(message="failed")
+        hidden.__context__ = raised_from.__cause__ = cause
+        assert classify(hidden) is classify(raised_from) is verdict
+        found = RpcFailure.cause_of(hidden)
+        assert (found is not None) == isinstance(cause, grpc.RpcError)
+
+
+def test_an_error_keeps_what_it_says_of_itself() -> None:
+    assert [getattr(RpcFailure(), name) for name in ("status", "details", "sent")] == ["UNKNOWN", "", True]
+    closed = ClosedConnectionError()
+    assert (closed.status, closed.sent, isinstance(closed, RpcFailure)) == ("CANCELLED", False, True)
+    plain, full = StatusFailure(), StatusFailure(2201, "why", 7, may_be_retried=True, blames_input=True)
+    assert (plain.code, plain.compatible_code, plain.may_be_retried, plain.blames_input) == (1, 1, False, False)
+    assert (full.code, full.message, full.compatible_code) == (2201, "why", 7)
+    assert full.may_be_retried and full.blames_input
+    late = DeadlineError("too late")
+    assert (late.code, late.message, isinstance(late, TimeoutError)) == (1, "too late", True)
+    changed = SchemaChangedError("it changed")
+    assert (changed.code, changed.compatible_code, changed.was_executed) == (109, 62, False)
+    query = QueryError("why")
+    assert (query.code, query.compatible_code, query.args) == (1100, 5, ("why",))
+    errors = (
+        RpcFailure("ABORTED", "why", sent=False),
+        ClosedConnectionError(sent=True),
+        full,
+        late,
+        SchemaChangedError("why", was_executed=True),
+        query,
+    )
+    for error in errors:
+        for again in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+            assert type(again) is type(error) and str(again) == str(error)
+            assert again.__dict__ == error.__dict__
+    for error in errors[:3]:
+        error.report = "of the write that it ended"  # type: ignore[attr-defined]
+        assert copy.copy(error).report == "of the write that it ended"  # type: ignore[attr-defined]
+
+
 def test_a_failure_says_what_the_status_said() -> None:
     status = common_pb2.Status(code=2201, reason="bad plan", error_code=1, retriable=False)
     status.extra_info["is_input_error"] = "true"
@@ -120,6 +221,7 @@ def test_a_failure_says_what_the_status_said() -> None:
     assert failure.blames_input and not failure.may_be_retried and not failure.schema_is_stale
     for code, old_code in ((109, 62), (109, 1), (65535, 62), (1, 62)):  # the old number alone, before Milvus 2.6
         assert StatusFailure.of(common_pb2.Status(code=code, error_code=old_code)).schema_is_stale
+    assert StatusFailure.of(common_pb2.Status(code=5, retriable=True)).may_be_retried
 
 
 def test_a_refused_query_is_caught_as_with_the_plain_store() -> None:
@@ -149,6 +251,15 @@ def test_a_fresh_error_says_the_same_and_holds_no_frames() -> None:
     assert shared.__traceback__ is not None, "the shared one is left alone"
 
 
+def test_a_fresh_error_has_all_its_causes_and_nothing_that_it_hides() -> None:
+    first, second, third = ValueError("1"), KeyError("2"), OSError("3")
+    first.__cause__, second.__cause__, third.__context__ = second, third, RuntimeError("hidden")
+    copied = fresh(first)
+    chain = [copied, copied.__cause__, copied.__cause__ and copied.__cause__.__cause__]
+    assert list(map(repr, chain)) == list(map(repr, (first, second, third)))
+    assert chain[2] is not None and chain[2].__cause__ is None
+
+
 def test_an_error_that_cannot_be_copied_is_handed_on_itself() -> None:
     class TwoPartError(Exception):
         def __init__(self, one: str, two: str) -> None:
@@ -159,6 +270,17 @@ def test_an_error_that_cannot_be_copied_is_handed_on_itself() -> None:
     own_cause = MilvusException(code=8, message="raised from itself")
     own_cause.__cause__ = own_cause
     assert str(fresh(own_cause)) == str(own_cause) and fresh(own_cause).__cause__ is None
+
+    class ShoutingError(Exception):
+        def __init__(self, text: str) -> None:
+            super().__init__(f"{text}!")
+
+    class DisguisedError(Exception):
+        def __reduce__(self) -> Any:
+            return ValueError, self.args
+
+    for other in (ShoutingError("a"), DisguisedError("a")):
+        assert fresh(other) is other, "it would come out as another"
     noted = ValueError("x")
     noted.__cause__ = odd
     assert fresh(noted).__cause__ is None
@@ -168,51 +290,6 @@ def test_newer_pymilvus_may_call_a_property_retriable(monkeypatch: pytest.Monkey
     monkeypatch.setattr(MilvusException, "retriable", property(lambda self: True), raising=False)
     failure = StatusFailure(65535, "bad", may_be_retried=False)
     assert classify(copy.copy(failure)) is Verdict.BAD_DATA
-
-
-def attempts(counted: int, verdict: Verdict = Verdict.TRANSIENT, made: int | None = None) -> Attempts:
-    return Attempts(counted, made or max(counted, 1), 0.0, 1.0, 0.0, StatusFailure(101, "not loaded"), verdict)
-
-
-def pauses(policy: RetryPolicy, after: Attempts) -> list[float]:
-    random.seed(7)
-    drawn = [policy.next_pause(after) for _ in range(500)]
-    assert None not in drawn
-    return sorted(pause for pause in drawn if pause is not None)
-
-
-@pytest.mark.parametrize(
-    ("counted", "longest"), [(1, 0.1), (2, 0.2), (3, 0.4), (4, 0.8), (6, 3.2), (7, 5.0), (8, 5.0), (49, 5.0)]
-)
-@pytest.mark.parametrize("verdict", [Verdict.TRANSIENT, Verdict.AMBIGUOUS])
-def test_a_pause_is_drawn_between_nothing_and_a_bound_that_doubles(
-    counted: int, longest: float, verdict: Verdict
-) -> None:
-    drawn = pauses(RetryPolicy(), attempts(counted, verdict, made=counted + 20))  # overloads in between don't count
-    assert 0 <= drawn[0] < 0.02 * longest
-    assert 0.98 * longest < drawn[-1] <= longest
-    assert 0.4 * longest < drawn[250] < 0.6 * longest, "evenly"
-
-
-@pytest.mark.parametrize(("counted", "made"), [(0, 1), (0, 1_000), (49, 60), (50, 60), (51, 60)])
-def test_a_pause_after_an_overload_is_short_however_often_and_never_the_last(counted: int, made: int) -> None:
-    drawn = pauses(RetryPolicy(), attempts(counted, Verdict.OVERLOAD, made))
-    assert 0 <= drawn[0] < 0.01 and 0.49 < drawn[-1] <= 0.5
-
-
-@pytest.mark.parametrize("most", [1, 2, 50])
-def test_the_last_attempt_is_the_one_that_max_attempts_says(most: int) -> None:
-    policy = RetryPolicy(max_attempts=most)
-    for counted in range(1, most):
-        assert policy.next_pause(attempts(counted)) is not None
-    assert policy.next_pause(attempts(most)) is None
-    assert policy.next_pause(attempts(most - 1, made=most + 9)) is not None or most == 1, "overloads do not count"
-
-
-def test_bounds_that_are_equal_or_nothing_are_allowed() -> None:
-    assert set(pauses(RetryPolicy(initial_backoff_seconds=0, max_backoff_seconds=0), attempts(3))) == {0.0}
-    assert pauses(RetryPolicy(initial_backoff_seconds=2.0, max_backoff_seconds=2.0), attempts(1))[-1] <= 2.0
-    assert RetryPolicy(deadline_seconds=1e-9).next_pause(attempts(1)) is not None
 
 
 @pytest.mark.parametrize(
@@ -233,3 +310,87 @@ def test_bounds_that_are_equal_or_nothing_are_allowed() -> None:
 def test_a_policy_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
         RetryPolicy(**wrong)
+
+
+def test_a_policy_may_go_to_the_limits_of_what_makes_sense() -> None:
+    RetryPolicy(max_attempts=1, initial_backoff_seconds=0.0, max_backoff_seconds=0.0, deadline_seconds=1e-9)
+    for name in ("stop", "wait"):
+        with pytest.raises(TypeError, match=f"^{name} must be one of tenacity's {name} objects, got int$"):
+            RetryPolicy(**{name: 5})  # type: ignore[arg-type]
+    assert RetryPolicy() == RetryPolicy(50, 0.1, 5.0, 120.0, None, None), "as the README says"
+
+
+# -- pauses -----------------------------------------------------------------------------------------------------------
+
+
+def attempts(made: int, counted: int | None = None, verdict: Verdict = Verdict.TRANSIENT) -> Attempts:
+    counted = made if counted is None else counted
+    return Attempts(counted, made, 100.0, 107.5, 2.5, RpcFailure("UNAVAILABLE"), verdict)
+
+
+def chance(monkeypatch: pytest.MonkeyPatch, is_high: bool) -> None:
+    monkeypatch.setattr(random, "uniform", lambda low, high: high if is_high else low)
+    monkeypatch.setattr(random, "random", lambda: float(is_high))
+
+
+def test_pauses_are_drawn_from_intervals_that_double_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = RetryPolicy(initial_backoff_seconds=0.5, max_backoff_seconds=6.0)
+    chance(monkeypatch, is_high=True)
+    assert [policy.next_pause(attempts(made)) for made in range(1, 7)] == [0.5, 1.0, 2.0, 4.0, 6.0, 6.0]
+    assert policy.next_pause(attempts(made=9, counted=3)) == 2.0, "overloads don't count"
+    assert policy.next_pause(attempts(made=9, counted=0)) == 0.5
+    chance(monkeypatch, is_high=False)
+    assert [policy.next_pause(attempts(made)) for made in range(1, 7)] == [0.0] * 6
+
+
+def test_a_pause_after_an_overload_is_short_however_many_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = RetryPolicy(max_backoff_seconds=6.0, max_attempts=3)
+    for is_high, pause in ((True, 0.6), (False, 0.0)):
+        chance(monkeypatch, is_high)
+        for made in (1, 2, 3, 1_000):
+            assert policy.next_pause(attempts(made, verdict=Verdict.OVERLOAD)) == pytest.approx(pause)
+
+
+def test_the_last_of_the_attempts_has_no_pause_after_it() -> None:
+    policy = RetryPolicy(max_attempts=3)
+    assert [policy.next_pause(attempts(made)) is None for made in (1, 2, 3, 4)] == [False, False, True, True]
+    assert policy.next_pause(attempts(made=9, counted=2)) is not None
+
+
+def test_tenacitys_own_objects_see_each_attempt() -> None:
+    seen: list[Any] = []
+
+    def look(state: tenacity.RetryCallState) -> float:
+        assert state.outcome is not None
+        error = state.outcome.exception()
+        seen.append((state.attempt_number, state.seconds_since_start, state.idle_for, state.outcome.failed, error))
+        return 0.0
+
+    policy = RetryPolicy(stop=look, wait=look, max_attempts=1)  # type: ignore[arg-type]
+    of = attempts(made=4, counted=2, verdict=Verdict.OVERLOAD)
+    assert policy.next_pause(of) == 0.0
+    assert seen == [(4, 7.5, 2.5, True, of.error)] * 2
+    for waits, pause in ((-3.0, 0.0), (3.0, 3.0), (tenacity.wait_fixed(2), 2.0)):
+        wait = waits if callable(waits) else tenacity.wait_fixed(waits)
+        assert RetryPolicy(wait=wait).next_pause(of) == pause, "in place of an overload's pause too"
+    assert RetryPolicy(stop=tenacity.stop_after_attempt(4)).next_pause(of) is None
+    assert RetryPolicy(wait=tenacity.wait_fixed(2), max_attempts=2).next_pause(attempts(2)) is None
+    with pytest.raises(ValueError, match=r"returned NaN$"):
+        RetryPolicy(wait=tenacity.wait_fixed(math.nan)).next_pause(of)
+
+
+def test_each_verdict_says_what_is_to_be_done() -> None:
+    meanings = {
+        verdict: (verdict.is_repeated, verdict.retryable, verdict.is_about_items, verdict.may_have_been_executed)
+        for verdict in Verdict
+    }
+    assert meanings == {
+        Verdict.BAD_DATA: (False, False, True, False),
+        Verdict.TOO_LARGE: (False, False, True, False),
+        Verdict.PERMANENT: (False, False, False, False),
+        Verdict.TRANSIENT: (True, True, False, False),
+        Verdict.OVERLOAD: (True, True, False, False),
+        Verdict.FULL: (False, True, False, False),
+        Verdict.AMBIGUOUS: (True, True, False, True),
+        Verdict.UNEXPECTED: (False, False, False, True),
+    }

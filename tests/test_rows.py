@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,10 +34,11 @@ from llama_index_milvus_async_ext._milvus import write_request as writes
 from llama_index_milvus_async_ext._milvus.errors import SchemaMismatchError
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import SearchGroup, search_request
-from llama_index_milvus_async_ext._nodes.node_json import NodeJson
+from llama_index_milvus_async_ext._nodes.node_json import NodeJson, _c_encoder
 from llama_index_milvus_async_ext._nodes.rows import MAX_DYNAMIC_BYTES, RowEncoder
-from llama_index_milvus_async_ext._nodes.stored import found_node
+from llama_index_milvus_async_ext._nodes.stored import found_node, stored_node
 from llama_index_milvus_async_ext._nodes.vectors import pack, set_embedding
+from tests.conftest import examples
 
 DIM = 4
 
@@ -104,7 +106,7 @@ nodes = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.lists(nodes, min_size=1, max_size=5), st.booleans(), st.sampled_from(["", "part"]))
 def test_requests_equal_those_of_upstream_and_pymilvus(batch: list[BaseNode], upsert: bool, partition: str) -> None:
     schema = Schema(described())
@@ -131,7 +133,7 @@ def of_another_class(node: TextNode) -> TextNode:
 @example(TextNode(id_="n", metadata={"a": 2**64, "b": 1e300, "c": '\u2028\x7f\x00"\\/é🌍'}), "content")
 @example(TextNode(id_="n", text="", start_char_idx=0, end_char_idx=0, mimetype=""), "text")
 @example(TextNode(id_="n", text="own", mimetype="text/other"), "mimetype")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     st.builds(
         TextNode,
@@ -144,6 +146,25 @@ def of_another_class(node: TextNode) -> TextNode:
         },
     ),
     st.sampled_from(["text", "content", "mimetype", "metadata"]),
+)
+@example(TextNode(id_="n", text="words", metadata={"a": 1.5}, start_char_idx=0, end_char_idx=9), "content")
+@example(
+    TextNode(
+        id_="n",
+        text='"words"',
+        metadata={"a": 1, "b": None},
+        excluded_embed_metadata_keys=["a"],
+        excluded_llm_metadata_keys=["b"],
+        relationships={
+            NodeRelationship.SOURCE: RelatedNodeInfo(node_id="d", node_type=ObjectType.DOCUMENT, metadata={"c": "é"}),
+            NodeRelationship.NEXT: RelatedNodeInfo(node_id="m", hash="h"),
+        },
+        metadata_template="{key}={value}",
+        metadata_separator=";",
+        mimetype="text/html",
+        text_template="{content}",
+    ),
+    "content",
 )
 def test_plain_nodes_are_written_as_pydantic_writes_them(node: TextNode, text_key: str) -> None:
     json = NodeJson(text_key)
@@ -195,7 +216,7 @@ def with_metadata(*values: Any) -> list[dict[Any, Any]]:
 @example(
     [{NodeRelationship.SOURCE: RelatedNodeInfo(node_id="d")}, {NodeRelationship.NEXT: RelatedNodeInfo(node_id="d")}]
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     st.lists(
         st.dictionaries(st.sampled_from([NodeRelationship.SOURCE, NodeRelationship.NEXT]), alike_relations),
@@ -220,7 +241,19 @@ def test_a_relationship_whose_metadata_is_changed_in_place_is_written_anew() -> 
         assert stored["metadata"]["a"] is value
 
 
-@settings(max_examples=50, deadline=None)
+def test_the_encoder_that_is_made_once_writes_as_json_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    if (write := _c_encoder()) is None:
+        pytest.skip("this Python has no encoder in C")
+    for value in ({"b": [1, 2.5, None, True, 'é "\\'], "a": {}, "1": float("nan")}, [], [[], {"x": "y"}]):
+        assert "".join(write(value, 0)) == json.dumps(value, ensure_ascii=False)
+    for wrong in ({"a": object()}, {(1, 2): 3}):
+        with pytest.raises(TypeError):
+            write(wrong, 0)
+    monkeypatch.setattr(json.encoder, "c_make_encoder", None)
+    assert _c_encoder() is None
+
+
+@settings(max_examples=examples(50), deadline=None)
 @given(st.lists(nodes, min_size=1, max_size=3), st.data())
 def test_scalar_and_sparse_columns_are_encoded_as_pymilvus_does(batch: list[BaseNode], data: st.DataObject) -> None:
     schema = Schema(
@@ -413,7 +446,7 @@ def test_a_key_of_another_name_is_taken_from_the_metadata_as_upstream_does() -> 
 @example([0.0, 0.0, float("inf"), 0.0])
 @example([-0.0, 5e-324, 1e-45, -float("inf")])
 @example([-0.0, 5e-324, 1e-45, 1e-38])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.floats(width=64), min_size=DIM, max_size=DIM))
 def test_vectors_are_packed_as_pymilvus_packs_them_or_refused(vector: list[float]) -> None:
     with np.errstate(over="ignore"):
@@ -428,7 +461,7 @@ def test_vectors_are_packed_as_pymilvus_packs_them_or_refused(vector: list[float
 
 @given(
     st.sampled_from([TextNode, Document, ImageNode, Node]),
-    st.lists(st.floats(allow_nan=False), max_size=5),
+    st.lists(st.floats(allow_nan=False), max_size=5) | st.lists(st.integers(-9, 9), max_size=5),
     st.sampled_from([list, tuple, np.array]),
 )
 def test_a_node_is_given_its_embedding_as_by_assignment(kind: Any, numbers: list[float], of: Any) -> None:
@@ -442,6 +475,7 @@ def test_a_node_is_given_its_embedding_as_by_assignment(kind: Any, numbers: list
         return
     set_embedding(given_, embedding)
     assert given_.embedding == assigned.embedding
+    assert [*map(type, given_.embedding or ())] == [*map(type, assigned.embedding or ())]
     assert given_.embedding is not embedding, "the node's own"
     assert given_.model_fields_set == assigned.model_fields_set
     assert given_.model_dump() == assigned.model_dump()
@@ -454,7 +488,7 @@ vectors = st.lists(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(vectors, st.integers(1, 100), st.sampled_from(["", 'color == "red"']))
 def test_search_requests_equal_those_of_pymilvus(queries: list[list[float]], limit: int, expression: str) -> None:
     group = SearchGroup(
@@ -496,7 +530,7 @@ def test_a_multimodal_node_is_stored_with_its_text() -> None:
     assert row.entity["_node_type"] == "Node"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(nodes)
 def test_stored_nodes_are_built_as_upstream_builds_them(node: BaseNode) -> None:
     row, _ = encoder(Schema(described())).encode(node)
@@ -508,3 +542,52 @@ def test_stored_nodes_are_built_as_upstream_builds_them(node: BaseNode) -> None:
     built = found_node(store, node.node_id, entity)
     assert type(built) is type(reference)
     assert built.model_dump() == reference.model_dump() or "nan" in str(reference).lower()
+
+
+def reader(**changes: Any) -> Any:
+    settings: dict[str, Any] = {"output_fields": [], "text_key": "text", "embedding_field": "vector"}
+    return SimpleNamespace(**settings | {"collection_name": "c"} | changes)
+
+
+@settings(max_examples=examples(50), deadline=None)
+@given(nodes)
+def test_rows_that_are_looked_up_become_nodes_as_with_upstream(node: BaseNode) -> None:
+    row, _ = encoder(Schema(described())).encode(node)
+    item = {**row.entity, "vector": np.array(node.embedding)}
+    built, reference = stored_node(reader(), item), metadata_dict_to_node(item, text=row.entity["text"])
+    assert type(built) is type(reference)
+    assert built.embedding == list(item["vector"]) and type(built.embedding) is list
+    built.embedding = reference.embedding
+    assert built.model_dump() == reference.model_dump() or "nan" in str(reference).lower()
+    del item["vector"]
+    assert stored_node(reader(), item).embedding is None
+
+
+def test_a_hit_brings_the_fields_that_were_asked_for_as_its_metadata() -> None:
+    foreign = {"text": "words", "year": 5, "size": 6}
+    found = found_node(reader(output_fields=["year", "text", "none"]), 17, foreign)
+    assert type(found) is TextNode and (found.node_id, found.get_content()) == ("17", "words")
+    assert found.metadata == {"year": 5, "text": "words", "none": None}
+    assert found_node(reader(), 17, {"year": 5}).get_content() == ""
+    row, _ = encoder(Schema(described())).encode(IndexNode(id_="n", text="words", index_id="i", embedding=[0.1] * DIM))
+    written = {key: row.entity[key] for key in ("_node_content", "_node_type")}
+    for asked_for in ([], ["_node_content"]):
+        own = found_node(reader(output_fields=asked_for), "n", written)
+        assert type(own) is IndexNode and own.node_id == "n" and own.get_content() == "", "its text was not asked for"
+    plain, _ = encoder(Schema(described())).encode(a_node(metadata={"a": 1}))
+    written = {key: plain.entity[key] for key in ("_node_content", "_node_type")}
+    bare = found_node(reader(), "n1", written)
+    assert (bare.node_id, bare.metadata, bare.get_content()) == ("n1", {"a": 1}, "")
+
+
+def test_a_row_of_something_else_becomes_a_node_if_it_has_a_text() -> None:
+    row = {"pk": 17, "id": 18, "text": "words", "year": 5, "vector": [0.5, 0.25]}
+    found = stored_node(reader(output_fields=["year", "none"]), row, "pk")
+    assert (found.node_id, found.get_content(), found.embedding) == ("17", "words", [0.5, 0.25])
+    assert found.metadata == {"year": 5, "none": None}
+    assert stored_node(reader(), row).node_id == "18"
+    for textless in ({**row, "text": ""}, {"pk": 17}):
+        with pytest.raises(
+            ValueError, match=r"^row 17 of collection 'c' holds neither a node nor a text in column 'text'"
+        ):
+            stored_node(reader(), textless, "pk")

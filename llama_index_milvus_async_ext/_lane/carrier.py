@@ -64,14 +64,14 @@ class Carrier:
         payloads = batching.payloads(lane, alive, self.refuse)
         alive = [item for item in alive if not item.settled]
         if not alive:
-            self._next_group(flight)
+            self.next_group(flight)
             return
         for item in alive:
             item.attempts += 1
         flight.attempts += 1
         if flight.attempts == 1:
             flight.started_at = now
-        flight.sent, flight.sent_at, flight.is_sent = alive, now, True
+        flight.sent, flight.sent_at = alive, now
         self.counts["requests"] += 1
         self.counts[lane.kind] += len(alive)
         upsert = any(item.ambiguous or item.repeats for item in alive)
@@ -81,7 +81,7 @@ class Carrier:
 
     def _verdict(self, error: BaseException) -> Verdict:
         try:
-            return Verdict.UNEXPECTED if isinstance(error, UnexpectedAnswerError) else self._classify(error)
+            return self._classify(error)
         except Exception:  # a defect there must not leave callers waiting
             return Verdict.UNEXPECTED
 
@@ -96,7 +96,7 @@ class Carrier:
             self._turns.give_to_next_of_key(item)
         flight.groups += [alive[middle:], alive[:middle]]
         flight.group = []
-        self._next_group(flight)
+        self.next_group(flight)
 
     def _pause(
         self, flight: Flight[Any], alive: list[Item[Any]], error: BaseException, verdict: Verdict, now: float
@@ -154,7 +154,7 @@ class Carrier:
         """Give up on a group."""
         for item in alive:
             self._ledger.fail(item, error, retryable, item.ambiguous)
-        self._next_group(flight)
+        self.next_group(flight)
 
     def refuse(self, item: Item[Any], error: Exception) -> None:
         """Fail an item that can't be prepared."""
@@ -162,7 +162,7 @@ class Carrier:
         if item.flight is None:
             self._turns.give_to_next_of_key(item)
 
-    def _next_group(self, flight: Flight[Any]) -> None:
+    def next_group(self, flight: Flight[Any]) -> None:
         """The group's requests have ended: let the next of its keys go, and send what else the flight has."""
         group, flight.group = flight.group, []
         for item in group:
@@ -187,8 +187,7 @@ class Carrier:
     ) -> None:
         """Note how a request ended: with one result for each of its payloads, or with an error."""
         in_flight = len(self._air.holding)
-        self._air.drop(flight)
-        flight.is_sent, flight.error = False, error
+        flight.error = error
         sent, flight.sent = flight.sent, []
         if error is None and (results is None or len(results) != len(sent)):
             error = UnexpectedAnswerError(f"{len(sent)} items were sent, but {len(results or ())} results came back")
@@ -196,7 +195,7 @@ class Carrier:
             self._limit.succeeded(in_flight, now)
             for item, result in zip(sent, results or (), strict=True):
                 self._ledger.settle(item, result, None)
-            self._next_group(flight)
+            self.next_group(flight)
             return
         verdict = self._verdict(error)
         if verdict is Verdict.OVERLOAD:
@@ -211,4 +210,4 @@ class Carrier:
         elif alive and not self._pause(flight, alive, error, verdict, now):
             self.fail_group(flight, alive, error, verdict.retryable)
         elif not alive:
-            self._next_group(flight)
+            self.next_group(flight)

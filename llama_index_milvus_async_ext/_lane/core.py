@@ -111,7 +111,7 @@ class Core:
             if flight.unsettled:
                 continue
             if flight in self._air.holding:
-                if flight.is_sent and flight.lane.abort_when_unwanted:
+                if flight.sent and flight.lane.abort_when_unwanted:
                     self._carrier.aborts.append(flight)
             else:
                 self._carrier.finish(flight)
@@ -139,7 +139,7 @@ class Core:
             if self._carrier.deadline_at(flight) + LEAST_TIMEOUT_SECONDS <= now:
                 error = flight.error or DeadlinePassedError("the deadline passed before the rest of a batch was sent")
                 if not self._carrier.without_overdue(flight, flight.alive(), error, now):
-                    self._carrier.fail_group(flight, [], error, True)
+                    self._carrier.next_group(flight)
                 return True
         if self._turns.serve_entrance():
             return True

@@ -38,6 +38,8 @@ class Entrance:
         self._kept_out: list[Submission[Any]] = []
         self._barred: dict[Hashable, int] = {}  # keys of the small ones that are kept out, and who was first
         self._newest = 0
+        self._waiting: set[int] = set()  # numbers of those that are not all in, in whatever order they stand
+        self._oldest = 0  # none that waits has a smaller one
         self._ended: dict[Hashable, int] = {}  # keys that have ended while somebody waits, and who was the newest then
         self._last_of_key: dict[Hashable, Item[Any]] = {}
 
@@ -54,6 +56,9 @@ class Entrance:
     def queue(self, submission: Submission[Any]) -> None:
         """Have a submission wait for its turn."""
         self._newest = submission.number
+        if not self._waiting:
+            self._oldest = submission.number
+        self._waiting.add(submission.number)
         self._line.append(submission)
 
     def admit(self) -> list[Submission[Any]]:
@@ -79,7 +84,7 @@ class Entrance:
                 self._line.append(submission)
             else:
                 self._forget(submission)
-        if not self._line:
+        if not self._waiting:
             self._ended.clear()
         return moved
 
@@ -93,7 +98,7 @@ class Entrance:
         if follower is None:
             if self._last_of_key.get(item.key) is item:
                 del self._last_of_key[item.key]
-                if self.tells_repeats and self._line:
+                if self.tells_repeats and self._waiting:
                     self._note_ended(item.key)
             return None
         follower.waits_behind = False
@@ -103,9 +108,10 @@ class Entrance:
         self._ended.pop(key, None)  # so that they stand in the order of their numbers
         self._ended[key] = self._newest
         # Those before which nobody waits any more, two at a time: so they don't become more and more.
-        oldest = min(submission.number for submission in (self._line[0], *self._large[:1], *self._kept_out[:1]))
+        while self._oldest not in self._waiting:
+            self._oldest += 1
         for known in list(itertools.islice(self._ended, 2)):
-            if self._ended[known] < oldest:
+            if self._ended[known] < self._oldest:
                 del self._ended[known]
 
     def _enter(self, submission: Submission[Any], count: int) -> None:
@@ -165,6 +171,7 @@ class Entrance:
 
     def _forget(self, submission: Submission[Any]) -> None:
         """A submission is in, or wants nothing any more: look anew at those that it may have kept out."""
+        self._waiting.discard(submission.number)
         submission.own_keys = None
         if submission.is_noted:
             submission.is_noted = False

@@ -21,8 +21,7 @@ class Flight(Generic[T]):
     Attributes:
         group: The items of the request under way: the whole batch at first, then halves of one that was refused.
         groups: Groups that are still to be sent, the next one last.
-        sent: Those of the group that the last request carried.
-        is_sent: Whether a request is out.
+        sent: Those of the group that the request carries which is out; empty if none is.
         refusals_left: Refused requests that halving may still cost.
         error: Why the group was sent again.
     """
@@ -34,7 +33,6 @@ class Flight(Generic[T]):
         "group",
         "groups",
         "idle_seconds",
-        "is_sent",
         "lane",
         "most",
         "nbytes",
@@ -58,7 +56,6 @@ class Flight(Generic[T]):
         self.groups: list[list[Item[T]]] = []
         self.sent: list[Item[T]] = []
         self.sent_at = 0.0
-        self.is_sent = False
         self.waits_since = 0.0
         self.unsettled = 0
         self.refusals_left = 0

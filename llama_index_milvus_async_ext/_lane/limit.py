@@ -40,7 +40,7 @@ class Limit:
     def succeeded(self, in_flight: int, now: float) -> None:
         """Note that the endpoint acknowledged one of `in_flight` requests."""
         self.progress_at = now
-        if self._current < self._maximum and in_flight >= self.current:
+        if in_flight >= self.current:
             self._current = min(self._current + 1 / self._current, self._maximum)
 
     def overloaded(self, sent_at: float, now: float) -> None:

@@ -76,7 +76,7 @@ class Turns:
             lane = self._lanes[position]
             if lane.filling is None:
                 while lane.ring and lane.ring[0].given_up:
-                    lane.ring.popleft().in_ring = False
+                    lane.ring.popleft()
                 if lane.ring:
                     if barred or self.waits_for_another(lane):
                         position += 1

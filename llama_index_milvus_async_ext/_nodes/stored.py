@@ -27,7 +27,6 @@ def found_node(store: MilvusVectorStore, id_: Any, entity: dict[str, Any]) -> Ba
     if entity.get("_node_type") == "TextNode" and store.text_key in entity:
         # What metadata_dict_to_node does of it, with a quicker parser, and validated once with its text.
         content = from_json(entity["_node_content"])
-        content.pop("class_name", None)
         content["text"] = entity[store.text_key]
         return TextNode(**content)
     metadata = {key: entity.get(key) for key in store.output_fields}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from llama_index.core.indices.query.embedding_utils import get_top_k_mmr_embeddings
 from llama_index.core.vector_stores.types import VectorStoreQueryResult
 from llama_index.vector_stores.milvus import MilvusVectorStore
@@ -17,7 +15,7 @@ def result_of(store: MilvusVectorStore, plan: SearchPlan, hits: Hits) -> VectorS
     """Build the nodes of a query's hits, as upstream builds them; their ids are texts, whatever the key is."""
     if plan.mmr_embedding is None:
         nodes = [found_node(store, *hit) for hit in zip(hits.ids, hits.entities, strict=True)]
-        return VectorStoreQueryResult(nodes=nodes, similarities=hits.scores, ids=_texts(hits.ids))
+        return VectorStoreQueryResult(nodes=nodes, similarities=hits.scores, ids=list(map(str, hits.ids)))
     if not hits.ids:
         return VectorStoreQueryResult(nodes=[], similarities=[], ids=[])
     similarities, ids = get_top_k_mmr_embeddings(
@@ -29,9 +27,5 @@ def result_of(store: MilvusVectorStore, plan: SearchPlan, hits: Hits) -> VectorS
     )
     entities = dict(zip(hits.ids, hits.entities, strict=True))
     return VectorStoreQueryResult(
-        nodes=[found_node(store, id_, entities[id_]) for id_ in ids], similarities=similarities, ids=_texts(ids)
+        nodes=[found_node(store, id_, entities[id_]) for id_ in ids], similarities=similarities, ids=list(map(str, ids))
     )
-
-
-def _texts(ids: list[Any]) -> list[str]:
-    return ids if not ids or type(ids[0]) is str else [str(id_) for id_ in ids]

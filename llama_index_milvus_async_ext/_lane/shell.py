@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from llama_index_milvus_async_ext._lane.core import Core
@@ -156,8 +156,7 @@ class Shell:
 
     def _send(self, send: Send) -> None:
         flight = send.flight
-        sending = flight.lane.send(send.payloads, send.upsert, send.timeout_seconds)
-        task = self._loop.create_task(_answer(sending))
+        task = self._loop.create_task(_answer(send))
         self._tasks[flight] = task
         task.add_done_callback(lambda task: self._ended(flight, task))
 
@@ -178,12 +177,12 @@ class Shell:
             del self._lanes[lane.key]
 
 
-async def _answer(sending: Awaitable[Sequence[Any]]) -> Sequence[Any] | Exception:
+async def _answer(send: Send) -> Sequence[Any] | Exception:
     """What became of a request: an error, too, is a result of its task.
 
     As the task's exception, asyncio would print one that came in the loop's last turn, at the interpreter's exit.
     """
     try:
-        return await sending
+        return await send.flight.lane.send(send.payloads, send.upsert, send.timeout_seconds)
     except Exception as error:
         return error

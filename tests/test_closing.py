@@ -21,7 +21,9 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters, VectorStoreQuery
 from pymilvus import MilvusClient
 
-from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy, WriteError
+from llama_index_milvus_async_ext._lane import forks
+from llama_index_milvus_async_ext._lane.thread import IoThread
 from tests.conftest import MakeNodes, lite_address
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
@@ -255,6 +257,123 @@ async def test_closing_waits_for_a_writer_that_still_embeds(
     await closing
     assert writer.last_report is not None
     assert writer.last_report.written == [node.node_id for node in nodes]
+
+
+async def test_closing_waits_for_the_one_of_two_calls_that_has_not_ended(
+    proxy: FaultProxy, store: AsyncMilvusVectorStore, held: Held
+) -> None:
+    proxy.script(held, method="Search", on=Nth(1))
+    calling = asyncio.create_task(store.aquery(query_of("one")))
+    await until(lambda: proxy.in_flight() == 1)
+    assert (await store.aquery(query_of("another"))).ids == []
+    closing = asyncio.create_task(store.aclose())
+    await refuses_calls(store)
+    assert not closing.done()
+    held.let_go()
+    assert (await calling).ids == []
+    await closing
+
+
+# --- closing waits for no call that has ended, however that was
+
+
+class CalledOffError(BaseException):
+    """No error of a kind that is kept for a report."""
+
+
+class BrokenEmbedding(HashEmbedding):
+    def _embed(self, texts: list[str]) -> list[list[float]]:
+        raise CalledOffError
+
+
+def without_embeddings(nodes: list[Any]) -> list[Any]:
+    for node in nodes:
+        node.embedding = None
+    return nodes
+
+
+# A call, its blocking form, and what it raises.
+ENDED: dict[str, tuple[Any, Any, type[BaseException] | None]] = {
+    "a write that succeeds": (
+        lambda store, nodes: store.async_add(nodes),
+        lambda store, nodes: store.add(nodes),
+        None,
+    ),
+    "a write that fails": (
+        lambda store, nodes: store.async_add(without_embeddings(nodes)),
+        lambda store, nodes: store.add(without_embeddings(nodes)),
+        WriteError,
+    ),
+    "a query that is refused": (
+        lambda store, _: store.aquery(VectorStoreQuery(query_str="no vector")),
+        lambda store, _: store.query(VectorStoreQuery(query_str="no vector")),
+        ValueError,
+    ),
+    "a delete that is refused": (
+        lambda store, _: store.adelete_nodes(),
+        lambda store, _: store.delete_nodes(),
+        ValueError,
+    ),
+    "a writer that succeeds": (
+        lambda store, nodes: AsyncMilvusWriter(store, HashEmbedding(dim=DIM)).acall(without_embeddings(nodes)),
+        lambda store, nodes: AsyncMilvusWriter(store, HashEmbedding(dim=DIM))(without_embeddings(nodes)),
+        None,
+    ),
+    "a writer that fails": (
+        lambda store, nodes: AsyncMilvusWriter(store).acall(without_embeddings(nodes)),
+        lambda store, nodes: AsyncMilvusWriter(store)(without_embeddings(nodes)),
+        WriteError,
+    ),
+    "a writer that is called off": (
+        lambda store, nodes: AsyncMilvusWriter(store, BrokenEmbedding(dim=DIM)).acall(without_embeddings(nodes)),
+        lambda store, nodes: AsyncMilvusWriter(store, BrokenEmbedding(dim=DIM))(without_embeddings(nodes)),
+        CalledOffError,
+    ),
+}
+
+
+@pytest.mark.parametrize("call", ENDED)
+async def test_a_call_that_has_ended_is_not_waited_for(
+    store: AsyncMilvusVectorStore, make_nodes: MakeNodes, call: str
+) -> None:
+    awaited, blocking, error = ENDED[call]
+    for ended in (awaited, lambda *arguments: asyncio.to_thread(blocking, *arguments)):
+        with pytest.raises(error) if error is not None else contextlib.nullcontext():
+            await ended(store, make_nodes(3, dim=DIM))
+    await nothing_is_counted()
+    within(20, store.close)
+
+
+@pytest.mark.parametrize("call", ["write", "search", "delete", "writer"])
+@pytest.mark.parametrize("when", ["before its first step", "while it is under way"])
+async def test_a_call_that_was_cancelled_is_not_waited_for(
+    proxy: FaultProxy, store: AsyncMilvusVectorStore, make_nodes: MakeNodes, held: Held, call: str, when: str
+) -> None:
+    proxy.script(held, method=(*WRITES, "Search", "Delete"))
+    nodes = make_nodes(3, dim=DIM)
+    writer = AsyncMilvusWriter(store, HashEmbedding(dim=DIM))
+    calls: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+        "write": lambda: store.async_add(nodes),
+        "search": lambda: store.aquery(query_of()),
+        "delete": lambda: store.adelete("a document"),
+        "writer": lambda: writer.acall(without_embeddings(nodes)),
+    }
+    is_due: Callable[[], bool] = (lambda: True) if when.startswith("before") else (lambda: proxy.in_flight() == 1)
+    calling = asyncio.ensure_future(calls[call]())
+    if not is_due():
+        await until(is_due)
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    held.let_go()
+    await nothing_is_counted()
+    within(20, store.close)
+
+
+async def nothing_is_counted() -> None:
+    """Nobody has work for Python any more, and no request is out that a fork would have to wait for."""
+    assert not IoThread.get().takes_turns()
+    await until(lambda: forks.quiet._out == 0)
 
 
 # --- what is left

@@ -74,14 +74,15 @@ async def test_they_share_one_limit(proxy: FaultProxy, stores: list[AsyncMilvusV
     assert len(proxy.requests) == len(calls)
 
 
+@pytest.mark.parametrize("first", ["write", "delete"])
 async def test_on_milvus_lite_they_write_one_at_a_time(
-    proxy: FaultProxy, stores: list[AsyncMilvusVectorStore], make_nodes: MakeNodes, held: Held
+    proxy: FaultProxy, stores: list[AsyncMilvusVectorStore], make_nodes: MakeNodes, held: Held, first: str
 ) -> None:
     proxy.script(held, method=CHANGES)
     calls: list[Callable[[], Any]] = []
     for store in stores:
         calls += [lambda s=store: s.async_add(make_nodes(1, dim=DIM)), lambda s=store: s.adelete(uuid.uuid4().hex)]
-    calling = begun(calls)
+    calling = begun(calls if first == "write" else calls[::-1])
     statistics = stores[0].statistics
     await until(lambda: proxy.in_flight() == 1 and statistics().waiting + (proxy.requests[0].rows or 1) == len(calls))
     # Slots, not requests: one that waits for the lock between processes would keep a search from its slot.

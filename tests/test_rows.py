@@ -34,6 +34,7 @@ from llama_index_milvus_async_ext._milvus import write_request as writes
 from llama_index_milvus_async_ext._milvus.errors import SchemaMismatchError
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import SearchGroup, search_request
+from llama_index_milvus_async_ext._nodes import node_json
 from llama_index_milvus_async_ext._nodes.node_json import NodeJson, _c_encoder
 from llama_index_milvus_async_ext._nodes.rows import MAX_DYNAMIC_BYTES, RowEncoder
 from llama_index_milvus_async_ext._nodes.stored import found_node, stored_node
@@ -191,6 +192,57 @@ def test_a_relationship_that_only_equals_the_one_before_is_written_anew(relation
     for related_to in relationships:
         node = TextNode(id_="n", text="t", relationships=related_to)
         assert json.stored(node) == NodeJson("text").stored(node)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"a": 0.0}, {"a": -0.0}),
+        ({"a": True}, {"a": 1}),
+        ({"a": 1}, {"a": 1.0}),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+        ({"a": 1}, {"a": 2}),
+    ],
+)
+def test_what_is_equal_but_written_otherwise_is_no_relationship_of_before(
+    one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    json_of_all = NodeJson("text")
+    for metadata in (one, other, one):
+        node = TextNode(
+            id_="n", relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id="d", metadata=metadata)}
+        )
+        assert json_of_all.stored(node) == NodeJson("text").stored(node)
+
+
+def test_what_nearly_all_nodes_are_is_written_without_pydantic(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = RelatedNodeInfo(node_id="d", node_type=ObjectType.DOCUMENT, metadata={"file": "é.txt", "page": 1})
+    nodes = [
+        TextNode(id_="n0", text="text"),
+        TextNode(id_="n1", text="text", metadata={"a": "x", "b": 1, "c": True, "d": None}),
+        TextNode(id_="n2", text="text", metadata={"a": 0.5, "b": 1}, excluded_embed_metadata_keys=["a"]),
+        *(TextNode(id_=f"m{n}", text="text", relationships={NodeRelationship.SOURCE: source}) for n in range(9)),
+    ]
+    odd = TextNode(id_="n3", text="text")
+    odd.metadata[None] = "which pydantic writes otherwise"  # type: ignore[index]
+    written: list[int] = []
+
+    class CountedRelation(node_json._Relation):
+        def __init__(self, *arguments: Any) -> None:
+            written.append(1)
+            super().__init__(*arguments)
+
+    def model_dump(*_: Any, **__: Any) -> Any:
+        raise AssertionError("through pydantic")
+
+    monkeypatch.setattr(TextNode, "model_dump", model_dump)
+    monkeypatch.setattr(node_json, "_Relation", CountedRelation)
+    for_all = NodeJson("text")
+    for node in nodes:
+        for_all.stored(node)
+    assert len(written) == 1, "the source of the chunks of a document is written once"
+    with pytest.raises(AssertionError, match="through pydantic"):
+        for_all.stored(odd)
 
 
 def test_a_relationship_whose_metadata_is_changed_in_place_is_written_anew() -> None:

@@ -351,6 +351,52 @@ def test_a_value_that_its_column_does_not_take_is_named(value: Any, says: str) -
         encoder(schema).encode(a_node(metadata=metadata))
 
 
+WHOLE = [True, 1.5, "1"]
+
+
+@pytest.mark.parametrize(
+    ("column", "fits", "refused"),
+    [
+        (FieldSchema("c", DataType.VARCHAR, max_length=10), ["", "x" * 10, "é" * 5], ["x" * 11, "é" * 6, 5, True]),
+        (FieldSchema("c", DataType.INT8), [-128, 127], [-129, 128, *WHOLE]),
+        (FieldSchema("c", DataType.INT16), [-(2**15), 2**15 - 1], [-(2**15) - 1, 2**15, *WHOLE]),
+        (FieldSchema("c", DataType.INT32), [-(2**31), 2**31 - 1], [-(2**31) - 1, 2**31, *WHOLE]),
+        (FieldSchema("c", DataType.INT64), [-(2**63), 2**63 - 1], WHOLE),
+        (FieldSchema("c", DataType.FLOAT), [1, 1.5], ["x", True]),
+        (FieldSchema("c", DataType.DOUBLE), [1, 1.5], ["x", True]),
+        (FieldSchema("c", DataType.BOOL), [True, False], [1, "x"]),
+    ],
+    ids=lambda each: each.dtype.name if isinstance(each, FieldSchema) else "",
+)
+def test_a_column_takes_what_milvus_takes(column: FieldSchema, fits: list[Any], refused: list[Any]) -> None:
+    encode = encoder(Schema(described(column))).encode
+    for value in fits:
+        row, _ = encode(a_node(metadata={"c": value}))
+        assert row.columns["c"] == value and b'"c":' not in row.dynamic
+    for value in refused:
+        with pytest.raises(SchemaMismatchError, match=r"'c'"):
+            encode(a_node(metadata={"c": value}))
+
+
+def test_a_column_that_may_be_empty_needs_no_value() -> None:
+    may_be_empty = FieldSchema("a", DataType.INT64, nullable=True), FieldSchema("b", DataType.INT64, default_value=5)
+    row, _ = encoder(Schema(described(*may_be_empty))).encode(a_node())
+    assert not {"a", "b"}.intersection(row.columns)
+
+
+def test_the_size_of_a_row_is_that_of_its_values() -> None:
+    columns = FieldSchema("year", DataType.INT32), FieldSchema("kind", DataType.VARCHAR, max_length=100)
+    schema = Schema(described(*columns, FieldSchema("sparse", DataType.SPARSE_FLOAT_VECTOR)))
+    for text in ("text", "é" * 9):
+        node = a_node(text=text, metadata={"year": 1999, "kind": "é" * 5})
+        row, size = encoder(schema, sparse_field="sparse").encode(node, {1: 0.5, 2: 0.5})
+        texts = len(text.encode()) + len("n1") + len("None") + 10
+        assert size == texts + 8 + len(row.dynamic) + 4 * DIM + 2 * 8
+        assert row.columns["sparse"] == {1: 0.5, 2: 0.5} and row.columns["embedding"] == node.embedding
+    without_vectors, size = encoder(Schema(described()), embedding_field=None).encode(a_node(embedding=None))
+    assert without_vectors.vector is None and size == len("n1textNone") + len(without_vectors.dynamic)
+
+
 @pytest.mark.parametrize(
     ("key", "upsert", "says"),
     [

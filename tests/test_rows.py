@@ -337,6 +337,7 @@ def test_a_bad_node_is_named_with_what_is_wrong(changes: dict[str, Any], says: s
         encoder(Schema(described())).encode(a_node(**changes))
     assert says in str(refused.value)
     assert len(str(refused.value)) < 400
+    assert "None" not in str(refused.value), "neither a problem nor a remedy is left out"
     # Whether the collection, if it is another by now, may take it.
     assert isinstance(refused.value, SchemaMismatchError) == ("dimensions" in says or "UTF-8" in says)
 
@@ -347,8 +348,9 @@ def test_a_bad_node_is_named_with_what_is_wrong(changes: dict[str, Any], says: s
 def test_a_value_that_its_column_does_not_take_is_named(value: Any, says: str) -> None:
     schema = Schema(described(FieldSchema("year", DataType.INT32)))
     metadata = {} if value is None else {"year": value}
-    with pytest.raises(SchemaMismatchError, match=says):
+    with pytest.raises(SchemaMismatchError, match=says) as refused:
         encoder(schema).encode(a_node(metadata=metadata))
+    assert "None" not in str(refused.value)
 
 
 WHOLE = [True, 1.5, "1"]
@@ -382,6 +384,30 @@ def test_a_column_that_may_be_empty_needs_no_value() -> None:
     may_be_empty = FieldSchema("a", DataType.INT64, nullable=True), FieldSchema("b", DataType.INT64, default_value=5)
     row, _ = encoder(Schema(described(*may_be_empty))).encode(a_node())
     assert not {"a", "b"}.intersection(row.columns)
+
+
+def test_the_document_of_a_node_stands_in_the_stores_own_column_too() -> None:
+    node = a_node(relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id="d")})
+    for name in ("doc_id", "document"):
+        row, _ = encoder(Schema(described()), doc_id_field=name).encode(node)
+        for key in ("doc_id", "document_id", "ref_doc_id", name):
+            assert row.entity[key] == "d"
+
+
+def test_a_column_that_milvus_fills_is_not_for_metadata() -> None:
+    filled = {"name": "bm25", "type": DataType.SPARSE_FLOAT_VECTOR, "is_function_output": True}
+    schema = described()
+    schema["fields"].append(filled)
+    encode = encoder(Schema(schema)).encode
+    encode(a_node())
+    says = r"node 'n1' .* its metadata has the key 'bm25', which Milvus fills itself; rename the key$"
+    with pytest.raises(SchemaMismatchError, match=says):
+        encode(a_node(metadata={"bm25": 1}))
+
+
+def test_without_dynamic_fields_all_of_a_row_is_columns() -> None:
+    row, _ = encoder(Schema(described(enable_dynamic_field=False))).encode(a_node(metadata={"a": 1}))
+    assert row.dynamic == b"" and row.columns["a"] == 1 and row.columns["text"] == "text"
 
 
 def test_the_size_of_a_row_is_that_of_its_values() -> None:

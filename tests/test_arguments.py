@@ -388,19 +388,6 @@ async def test_nodes_are_looked_up_in_the_partitions_that_are_named(open_store: 
                 assert sorted(node.node_id for node in found) == there
 
 
-async def test_a_delete_names_its_partition(open_store: Any, watch: Watch) -> None:
-    """By the request alone: Milvus Lite deletes what matches in all partitions."""
-    store = open_store()
-    store.client.create_partition(store.collection_name, "left")
-    for options in ({}, {"milvus_partition_name": "left"}):
-        asked = watch("Delete")
-        store.delete("document", **options)
-        await store.adelete(["document"], **options)
-        store.delete_nodes(["a"], **options)
-        await store.adelete_nodes(["a"], LOW, **options)
-        assert [request.partition_name for request in asked] == [options.get("milvus_partition_name", "")] * 4
-
-
 async def test_a_delete_passes_its_other_options_on_as_upstreams_does(
     open_store: Any, watch: Watch, make_nodes: MakeNodes
 ) -> None:

@@ -34,6 +34,7 @@ from llama_index_milvus_async_ext._milvus import write_request as writes
 from llama_index_milvus_async_ext._milvus.errors import SchemaMismatchError
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import SearchGroup, search_request
+from llama_index_milvus_async_ext._nodes import node_json
 from llama_index_milvus_async_ext._nodes.node_json import NodeJson, _c_encoder
 from llama_index_milvus_async_ext._nodes.rows import MAX_DYNAMIC_BYTES, RowEncoder
 from llama_index_milvus_async_ext._nodes.stored import found_node, stored_node
@@ -231,6 +232,36 @@ def test_a_relationship_that_only_equals_the_one_before_is_written_anew(relation
         assert json.stored(node) == json.stored(of_another_class(node))
 
 
+def test_what_nearly_all_nodes_are_is_written_without_pydantic(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = RelatedNodeInfo(node_id="d", node_type=ObjectType.DOCUMENT, metadata={"file": "é.txt", "page": 1})
+    nodes = [
+        TextNode(id_="n0", text="text"),
+        TextNode(id_="n1", text="text", metadata={"a": "x", "b": 1, "c": True, "d": None}),
+        TextNode(id_="n2", text="text", metadata={"a": 0.5, "b": 1}, excluded_embed_metadata_keys=["a"]),
+        *(TextNode(id_=f"m{n}", text="text", relationships={NodeRelationship.SOURCE: source}) for n in range(9)),
+    ]
+    odd = TextNode(id_="n3", text="text")
+    odd.metadata[None] = "which pydantic writes otherwise"  # type: ignore[index]
+    written: list[int] = []
+
+    class CountedRelation(node_json._Relation):
+        def __init__(self, *arguments: Any) -> None:
+            written.append(1)
+            super().__init__(*arguments)
+
+    def model_dump(*_: Any, **__: Any) -> Any:
+        raise AssertionError("through pydantic")
+
+    monkeypatch.setattr(TextNode, "model_dump", model_dump)
+    monkeypatch.setattr(node_json, "_Relation", CountedRelation)
+    for_all = NodeJson("text")
+    for node in nodes:
+        for_all.stored(node)
+    assert len(written) == 1, "the source of the chunks of a document is written once"
+    with pytest.raises(AssertionError, match="through pydantic"):
+        for_all.stored(odd)
+
+
 def test_a_relationship_whose_metadata_is_changed_in_place_is_written_anew() -> None:
     source = RelatedNodeInfo(node_id="d", metadata={"a": 1})
     json = NodeJson("text")
@@ -333,6 +364,7 @@ def test_a_bad_node_is_named_with_what_is_wrong(changes: dict[str, Any], says: s
         encoder(Schema(described())).encode(a_node(**changes))
     assert says in str(refused.value)
     assert len(str(refused.value)) < 400
+    assert "None" not in str(refused.value), "neither a problem nor a remedy is left out"
     # Whether the collection, if it is another by now, may take it.
     assert isinstance(refused.value, SchemaMismatchError) == ("dimensions" in says or "UTF-8" in says)
 
@@ -410,6 +442,60 @@ def test_texts_are_measured_in_bytes(column: str, fits: str, too_long: str) -> N
             encode(node_with(fits))
     with pytest.raises(SchemaMismatchError, match=f"its '{name}' has 65536 bytes in UTF-8, and the column takes 65535"):
         encode(node_with(too_long))
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [(None, "set metadata"), ("x", "INT32"), (True, "INT32"), (2**40, "too large")]
+)
+def test_a_value_that_its_column_does_not_take_is_named(value: Any, says: str) -> None:
+    schema = Schema(described(FieldSchema("year", DataType.INT32)))
+    metadata = {} if value is None else {"year": value}
+    with pytest.raises(SchemaMismatchError, match=says) as refused:
+        encoder(schema).encode(a_node(metadata=metadata))
+    assert "None" not in str(refused.value)
+
+
+def test_a_column_that_may_be_empty_needs_no_value() -> None:
+    may_be_empty = FieldSchema("a", DataType.INT64, nullable=True), FieldSchema("b", DataType.INT64, default_value=5)
+    row, _ = encoder(Schema(described(*may_be_empty))).encode(a_node())
+    assert not {"a", "b"}.intersection(row.columns)
+
+
+def test_the_document_of_a_node_stands_in_the_stores_own_column_too() -> None:
+    node = a_node(relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id="d")})
+    for name in ("doc_id", "document"):
+        row, _ = encoder(Schema(described()), doc_id_field=name).encode(node)
+        for key in ("doc_id", "document_id", "ref_doc_id", name):
+            assert row.entity[key] == "d"
+
+
+def test_a_column_that_milvus_fills_is_not_for_metadata() -> None:
+    filled = {"name": "bm25", "type": DataType.SPARSE_FLOAT_VECTOR, "is_function_output": True}
+    schema = described()
+    schema["fields"].append(filled)
+    encode = encoder(Schema(schema)).encode
+    encode(a_node())
+    says = r"node 'n1' .* its metadata has the key 'bm25', which Milvus fills itself; rename the key$"
+    with pytest.raises(SchemaMismatchError, match=says):
+        encode(a_node(metadata={"bm25": 1}))
+
+
+def test_without_dynamic_fields_all_of_a_row_is_columns() -> None:
+    row, _ = encoder(Schema(described(enable_dynamic_field=False))).encode(a_node(metadata={"a": 1}))
+    assert row.dynamic == b"" and row.columns["a"] == 1 and row.columns["text"] == "text"
+
+
+def test_the_size_of_a_row_is_that_of_its_values() -> None:
+    columns = FieldSchema("year", DataType.INT32), FieldSchema("kind", DataType.VARCHAR, max_length=100)
+    schema = Schema(described(*columns, FieldSchema("sparse", DataType.SPARSE_FLOAT_VECTOR)))
+    for text in ("text", "é" * 9):
+        node = a_node(text=text, metadata={"year": 1999, "kind": "é" * 5})
+        row, size = encoder(schema, sparse_field="sparse").encode(node, {1: 0.5, 2: 0.5})
+        texts = len(text.encode()) + len("n1") + len("None") + 10
+        assert size == texts + 8 + len(row.dynamic) + 4 * DIM + 2 * 8
+        assert row.columns["sparse"] == {1: 0.5, 2: 0.5} and row.columns["embedding"] == node.embedding
+    without_vectors, size = encoder(Schema(described()), embedding_field=None).encode(a_node(embedding=None))
+    assert without_vectors.vector is None and size == len("n1textNone") + len(without_vectors.dynamic)
 
 
 @pytest.mark.parametrize(

@@ -447,7 +447,7 @@ def test_texts_are_measured_in_bytes(column: str, fits: str, too_long: str) -> N
 @pytest.mark.parametrize(
     ("value", "says"), [(None, "set metadata"), ("x", "INT32"), (True, "INT32"), (2**40, "too large")]
 )
-def test_a_value_that_its_column_does_not_take_is_named(value: Any, says: str) -> None:
+def test_what_is_wrong_with_a_value_is_said_with_a_remedy(value: Any, says: str) -> None:
     schema = Schema(described(FieldSchema("year", DataType.INT32)))
     metadata = {} if value is None else {"year": value}
     with pytest.raises(SchemaMismatchError, match=says) as refused:

@@ -55,7 +55,8 @@ class RequestRecord:
     """One request that reached the proxy. Times are of `time.monotonic()`; `finished` is None while it is out.
 
     `rows` are the rows of a write, the queries of a search. `fault` is the fault that struck, `code` the gRPC status
-    that the client got (CANCELLED also where it gave up), None while it is out.
+    that the client got (CANCELLED also where it gave up), None while it is out. `timeout` is how long the client said,
+    as it came, that it would wait.
     """
 
     method: str
@@ -64,6 +65,7 @@ class RequestRecord:
     finished: float | None = None
     fault: Fault | None = None
     code: grpc.StatusCode | None = None
+    timeout: float | None = None
 
 
 @dataclass(eq=False)
@@ -266,7 +268,10 @@ class FaultProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no t
         method = path.rpartition("/")[2]
         exchange = _Exchange(method, path, payload, context, self._channel, self._patience_seconds)
         record = RequestRecord(
-            method, row_count(exchange.request) if method in _COUNTED else None, started=time.monotonic()
+            method,
+            row_count(exchange.request) if method in _COUNTED else None,
+            started=time.monotonic(),
+            timeout=context.time_remaining(),
         )
         with self._lock:
             self._records.append(record)

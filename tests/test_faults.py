@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import re
 import socket
 import time
 import uuid
@@ -31,6 +32,7 @@ from tests.faults import (
     Drop,
     Every,
     First,
+    Held,
     LoseAnswer,
     MilvusError,
     Nth,
@@ -41,7 +43,7 @@ from tests.faults import (
     not_loaded,
     rate_limit,
 )
-from tests.waiting import until
+from tests.waiting import blocked_until, until
 
 DIM = 8
 WRITES = ("Insert", "Upsert")
@@ -146,14 +148,20 @@ async def test_a_passing_fault_loses_and_doubles_nothing(
     upsert_mode: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    store, nodes = make_store(batch_size=20, upsert_mode=upsert_mode, rpc_timeout_seconds=0.5), make_nodes(60, dim=DIM)
+    caplog.set_level(logging.DEBUG)
+    store = make_store(batch_size=20, upsert_mode=upsert_mode, rpc_timeout_seconds=0.5, token="root:s3cret")
+    nodes = make_nodes(60, dim=DIM)
     fault_proxy.script(PASSING_FAULTS[fault], method=WRITES, on=First(2))
     report = await store.awrite(nodes)
     assert len(report.written) == 60, report
     assert report.retries >= 1
     check(backend, store, nodes, report)
-    noise = [r for r in caplog.records if r.levelno > logging.WARNING and not r.name.startswith("grpc")]
-    assert not noise, "a fault that a retry mends leaves no traceback"
+    said = [record for record in caplog.records if not record.name.startswith("grpc")]  # that is the proxy's side
+    assert any(record.levelno == logging.WARNING for record in said), "it is told of"
+    assert not [record for record in said if record.levelno > logging.WARNING]
+    assert not [record for record in said if record.exc_info or record.stack_info], "without a traceback"
+    shown = "".join(record.getMessage() for record in said)
+    assert not any(text in shown for text in ("Traceback", "s3cret", "cm9vdDpzM2NyZXQ")), "and without the token"
 
 
 @pytest.mark.parametrize("upsert_mode", [True, False])
@@ -230,7 +238,7 @@ def scripts(draw: st.DrawFn) -> list[tuple[Any, Any]]:
     batch_size=st.sampled_from([1, 7, 25]),
     duplicates=st.integers(0, 5),
     upsert_mode=st.booleans(),
-    give_up=st.one_of(st.none(), st.none(), st.floats(0, 0.1)),
+    give_up=st.one_of(st.none(), st.none(), st.integers(0, 6)),
 )
 def test_random_scripts_leave_every_outcome_known_and_true(
     backend: Backend,
@@ -241,7 +249,7 @@ def test_random_scripts_leave_every_outcome_known_and_true(
     batch_size: int,
     duplicates: int,
     upsert_mode: bool,
-    give_up: float | None,
+    give_up: int | None,
 ) -> None:
     store = make_store(batch_size=batch_size, upsert_mode=upsert_mode)
     nodes = make_nodes(40, dim=DIM)
@@ -252,7 +260,8 @@ def test_random_scripts_leave_every_outcome_known_and_true(
     async def scenario() -> WriteReport:
         writing = asyncio.create_task(store.awrite(nodes))
         if give_up is not None:
-            await asyncio.sleep(give_up)
+            await asyncio.sleep(0)
+            await until(lambda: writing.done() or len(fault_proxy.requests_of(*WRITES)) >= give_up, seconds=30)
             writing.cancel()
         try:
             return await writing
@@ -264,8 +273,8 @@ def test_random_scripts_leave_every_outcome_known_and_true(
     fault_proxy.heal()
     said = Counter([*report.written, *(f.node.node_id for f in (*report.failed, *report.unknown))])
     assert said == Counter(node.node_id for node in nodes)
-    if give_up is not None:
-        time.sleep(0.3)  # what was under way when it was cancelled may still land
+    # What was under way when it was cancelled may still land.
+    blocked_until(lambda: store.statistics().in_flight == 0 and fault_proxy.in_flight() == 0)
     stored = rows_of(backend, store.collection_name, prefix_of(nodes))
     assert max(stored.values(), default=0) <= 1, "nothing is stored twice"
     assert all(stored[node_id] == 1 for node_id in report.written)
@@ -394,8 +403,8 @@ async def test_a_server_that_never_answers_costs_the_deadline(
 ) -> None:
     policy = RetryPolicy(max_attempts=100, initial_backoff_seconds=0.01, max_backoff_seconds=0.05, deadline_seconds=2.0)
     store, nodes = make_store(retry=policy, rpc_timeout_seconds=0.5, batch_size=10), make_nodes(200, dim=DIM)
-    fault_proxy.script(Drop(), method=("Insert", "Upsert", "Search", "Query", "Delete"))
-    began = time.monotonic()
+    method = {"write": "Upsert", "search": "Search", "delete": "Delete", "get": "Query"}[call]
+    fault_proxy.script(Drop(), method=method)
     if call == "write":
         report = await store.awrite(nodes)
         assert len(report.failed) + len(report.unknown) == 200
@@ -408,25 +417,26 @@ async def test_a_server_that_never_answers_costs_the_deadline(
                 "delete": lambda: store.adelete("doc"),
                 "get": lambda: store.aget_nodes(node_ids=["x"]),
             }[call]()
-    assert time.monotonic() - began < 2.0 + 1.0
-    for method in ("Upsert", "Search"):
-        records = [r for r in fault_proxy.requests_of(method) if r.finished is not None]
-        assert all(r.finished - r.started < 0.5 + 0.4 for r in records if r.finished is not None)
+    requests = fault_proxy.requests_of(method)
+    assert all(record.timeout is not None and record.timeout < 0.6 for record in requests)
+    # Four attempts of half a second and, at the end, one or two shorter ones, in each slot; of a hundred that it might.
+    slots = store.max_concurrency if call == "write" else 1
+    assert 2 <= len(requests) <= 6 * slots
+    await until(lambda: store.statistics().in_flight == 0)
+    assert store.statistics().waiting == 0
 
 
-def test_a_port_that_accepts_and_never_answers_is_named_in_seconds() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        began = time.monotonic()
-        with pytest.raises(Exception, match=r"can't connect to http://127\.0\.0\.1"):
-            AsyncMilvusVectorStore(uri=f"http://127.0.0.1:{silent.getsockname()[1]}", dim=DIM)
-        assert time.monotonic() - began < 15
-
-
-def test_a_port_where_nobody_listens_is_named_at_once(caplog: pytest.LogCaptureFixture) -> None:
-    began = time.monotonic()
-    with pytest.raises(Exception, match=r"can't connect to http://127.0.0.1:1: no Milvus server answers there"):
-        AsyncMilvusVectorStore(uri="http://user:s3cret@127.0.0.1:1", dim=DIM)
-    assert time.monotonic() - began < 3
+async def test_a_host_that_can_not_be_reached_is_named_and_one_where_nobody_listens_at_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and never answers
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        opening = asyncio.create_task(asyncio.to_thread(AsyncMilvusVectorStore, uri=uri, dim=DIM))
+        with pytest.raises(Exception, match=r"can't connect to http://127.0.0.1:1: no Milvus server answers there"):
+            await AsyncMilvusVectorStore.aopen(uri="http://user:s3cret@127.0.0.1:1", dim=DIM)
+        assert not opening.done(), "that took no time-out"
+        with pytest.raises(Exception, match=f"can't connect to {re.escape(uri)}"):
+            await opening
     assert "s3cret" not in caplog.text and "Traceback" not in caplog.text
 
 
@@ -440,17 +450,21 @@ async def test_overload_slows_down_without_an_error_and_recovers(
     quota = OverQuota(per_second=1_000)
     fault_proxy.script(rate_limit(), method=WRITES, when=quota)
     nodes = make_nodes(4_000, dim=DIM)
-    began = time.monotonic()
-    reports = await asyncio.gather(*(store.awrite(nodes[start::64]) for start in range(64)))
-    seconds = time.monotonic() - began
-    assert sum(len(report.written) for report in reports) == 4_000
+
+    async def seconds_to_write() -> float:
+        began = time.monotonic()
+        reports = await asyncio.gather(*(store.awrite(nodes[start::64]) for start in range(64)))
+        assert sum(len(report.written) for report in reports) == 4_000
+        return time.monotonic() - began
+
+    seconds = await seconds_to_write()
+    limit = store.statistics().limit
+    quota.per_second = 1e9
     permitted = (4_000 - 1_000) / 1_000  # the bucket's first second is free
-    assert seconds < permitted / 0.5, f"{seconds:.2f} s where {permitted:.2f} s were permitted"
+    work = await seconds_to_write()  # what it takes on this machine, busy as it is, without a quota
+    assert seconds < (permitted + work) / 0.5, f"{seconds:.2f} s where {permitted:.2f} + {work:.2f} s were permitted"
     if backend.name == "server":  # Lite has one write in flight anyway
-        assert store.statistics().limit < 8
-        quota.per_second = 1e9
-        for start in range(0, 4_000, 1_000):
-            await store.awrite(nodes[start : start + 1_000])
+        assert limit < 8
         assert store.statistics().limit == 8, "grown back"
     assert set(rows_of(backend, store.collection_name, prefix_of(nodes)).values()) == {1}
 
@@ -459,22 +473,22 @@ async def test_overload_slows_down_without_an_error_and_recovers(
 
 
 async def test_cancelling_one_caller_leaves_the_others_alone(
-    backend: Backend, fault_proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes
+    fault_proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held
 ) -> None:
     store = make_store()
     mine, theirs = make_nodes(20, dim=DIM), make_nodes(20, dim=DIM)
-    fault_proxy.script(Delay(0.5), method=WRITES, on=Nth(1))
+    fault_proxy.script(held, method=WRITES, on=Nth(1))
     kept = [asyncio.create_task(store.async_add([node])) for node in theirs]
     given_up = [asyncio.create_task(store.async_add([node])) for node in mine]
-    await asyncio.sleep(0.2)
+    await until(lambda: fault_proxy.in_flight() == 1)
     for task in given_up:
         task.cancel()
     ended = await asyncio.gather(*given_up, return_exceptions=True)
     assert all(isinstance(end, asyncio.CancelledError) for end in ended)
+    assert not any(task.done() for task in kept)
+    held.let_go()
     assert await asyncio.gather(*kept) == [[node.node_id] for node in theirs]
-    await asyncio.sleep(0.1)
-    statistics = store.statistics()
-    assert (statistics.in_flight, statistics.waiting) == (0, 0)
+    await until(lambda: (store.statistics().in_flight, store.statistics().waiting) == (0, 0))
 
 
 async def test_a_cancelled_search_is_aborted(fault_proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes) -> None:
@@ -487,8 +501,7 @@ async def test_a_cancelled_search_is_aborted(fault_proxy: FaultProxy, make_store
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
-    await until(lambda: fault_proxy.in_flight("Search") == 0)
-    assert store.statistics().in_flight == 0
+    await until(lambda: fault_proxy.in_flight("Search") == 0 and store.statistics().in_flight == 0)
 
 
 async def test_never_more_in_flight_than_allowed(

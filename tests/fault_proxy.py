@@ -56,7 +56,7 @@ class RequestRecord:
 
     `rows` are the rows of a write, the queries of a search. `metadata` is what was sent beside the request, the token
     and the database among it. `fault` is the fault that struck, `code` the gRPC status that the client got (CANCELLED
-    also where it gave up), None while it is out.
+    also where it gave up), None while it is out. `timeout` is how long the client said, as it came, that it would wait.
     """
 
     method: str
@@ -66,6 +66,7 @@ class RequestRecord:
     finished: float | None = None
     fault: Fault | None = None
     code: grpc.StatusCode | None = None
+    timeout: float | None = None
 
 
 @dataclass(eq=False)
@@ -267,8 +268,13 @@ class FaultProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no t
     def _serve(self, path: str, payload: bytes, context: grpc.ServicerContext) -> bytes:
         method = path.rpartition("/")[2]
         exchange = _Exchange(method, path, payload, context, self._channel, self._patience_seconds)
-        rows = row_count(exchange.request) if method in _COUNTED else None
-        record = RequestRecord(method, rows, dict(context.invocation_metadata()), started=time.monotonic())
+        record = RequestRecord(
+            method,
+            row_count(exchange.request) if method in _COUNTED else None,
+            dict(context.invocation_metadata()),
+            started=time.monotonic(),
+            timeout=context.time_remaining(),
+        )
         with self._lock:
             self._records.append(record)
             for key in (method, ""):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import re
 import socket
 import time
 import uuid
@@ -41,7 +42,7 @@ from tests.faults import (
     not_loaded,
     rate_limit,
 )
-from tests.waiting import until
+from tests.waiting import blocked_until, until
 
 DIM = 8
 WRITES = ("Insert", "Upsert")
@@ -146,14 +147,19 @@ async def test_a_passing_fault_loses_and_doubles_nothing(
     upsert_mode: bool,
     log: pytest.LogCaptureFixture,
 ) -> None:
-    store, nodes = make_store(batch_size=20, upsert_mode=upsert_mode, rpc_timeout_seconds=0.5), make_nodes(60, dim=DIM)
+    store = make_store(batch_size=20, upsert_mode=upsert_mode, rpc_timeout_seconds=0.5, token="root:s3cret")
+    nodes = make_nodes(60, dim=DIM)
     fault_proxy.script(PASSING_FAULTS[fault], method=WRITES, on=First(2))
     report = await store.awrite(nodes)
     assert len(report.written) == 60, report
     assert report.retries >= 1
     check(backend, store, nodes, report)
-    noise = [r for r in log.records if r.levelno > logging.WARNING and not r.name.startswith("grpc")]
-    assert not noise, "a fault that a retry mends leaves no traceback"
+    said = [record for record in log.records if not record.name.startswith("grpc")]  # that is the proxy's side
+    assert any(record.levelno == logging.WARNING for record in said), "it is told of"
+    assert not [record for record in said if record.levelno > logging.WARNING]
+    assert not [record for record in said if record.exc_info or record.stack_info], "without a traceback"
+    shown = "".join(record.getMessage() for record in said)
+    assert not any(text in shown for text in ("Traceback", "s3cret", "cm9vdDpzM2NyZXQ")), "and without the token"
 
 
 CALLS: dict[str, tuple[tuple[str, ...], Callable[[AsyncMilvusVectorStore, TextNode], Any]]] = {
@@ -254,7 +260,7 @@ def scripts(draw: st.DrawFn) -> list[tuple[Any, Any]]:
     batch_size=st.sampled_from([1, 7, 25]),
     duplicates=st.integers(0, 5),
     upsert_mode=st.booleans(),
-    give_up=st.one_of(st.none(), st.none(), st.floats(0, 0.1)),
+    give_up=st.one_of(st.none(), st.none(), st.integers(0, 6)),
 )
 def test_random_scripts_leave_every_outcome_known_and_true(
     backend: Backend,
@@ -265,7 +271,7 @@ def test_random_scripts_leave_every_outcome_known_and_true(
     batch_size: int,
     duplicates: int,
     upsert_mode: bool,
-    give_up: float | None,
+    give_up: int | None,
 ) -> None:
     store = make_store(batch_size=batch_size, upsert_mode=upsert_mode)
     nodes = make_nodes(40, dim=DIM)
@@ -276,7 +282,8 @@ def test_random_scripts_leave_every_outcome_known_and_true(
     async def scenario() -> WriteReport:
         writing = asyncio.create_task(store.awrite(nodes))
         if give_up is not None:
-            await asyncio.sleep(give_up)
+            await asyncio.sleep(0)
+            await until(lambda: writing.done() or len(fault_proxy.requests_of(*WRITES)) >= give_up, seconds=30)
             writing.cancel()
         try:
             return await writing
@@ -288,8 +295,8 @@ def test_random_scripts_leave_every_outcome_known_and_true(
     fault_proxy.heal()
     said = Counter([*report.written, *(f.node.node_id for f in (*report.failed, *report.unknown))])
     assert said == Counter(node.node_id for node in nodes)
-    if give_up is not None:
-        time.sleep(0.3)  # what was under way when it was cancelled may still land
+    # What was under way when it was cancelled may still land.
+    blocked_until(lambda: store.statistics().in_flight == 0 and fault_proxy.in_flight() == 0)
     stored = rows_of(backend, store.collection_name, prefix_of(nodes))
     assert max(stored.values(), default=0) <= 1, "nothing is stored twice"
     assert all(stored[node_id] == 1 for node_id in report.written)
@@ -418,8 +425,8 @@ async def test_a_server_that_never_answers_costs_the_deadline(
 ) -> None:
     policy = RetryPolicy(max_attempts=100, initial_backoff_seconds=0.01, max_backoff_seconds=0.05, deadline_seconds=2.0)
     store, nodes = make_store(retry=policy, rpc_timeout_seconds=0.5, batch_size=10), make_nodes(200, dim=DIM)
-    fault_proxy.script(Drop(), method=("Insert", "Upsert", "Search", "Query", "Delete"))
-    began = time.monotonic()
+    method = {"write": "Upsert", "search": "Search", "delete": "Delete", "get": "Query"}[call]
+    fault_proxy.script(Drop(), method=method)
     if call == "write":
         report = await store.awrite(nodes)
         assert len(report.failed) + len(report.unknown) == 200
@@ -432,25 +439,26 @@ async def test_a_server_that_never_answers_costs_the_deadline(
                 "delete": lambda: store.adelete("doc"),
                 "get": lambda: store.aget_nodes(node_ids=["x"]),
             }[call]()
-    assert time.monotonic() - began < 2.0 + 1.0
-    for method in ("Upsert", "Search"):
-        records = [r for r in fault_proxy.requests_of(method) if r.finished is not None]
-        assert all(r.finished - r.started < 0.5 + 0.4 for r in records if r.finished is not None)
+    requests = fault_proxy.requests_of(method)
+    assert all(record.timeout is not None and record.timeout < 0.6 for record in requests)
+    # Four attempts of half a second and, at the end, one or two shorter ones, in each slot; of a hundred that it might.
+    slots = store.max_concurrency if call == "write" else 1
+    assert 2 <= len(requests) <= 6 * slots
+    await until(lambda: store.statistics().in_flight == 0)
+    assert store.statistics().waiting == 0
 
 
-def test_a_port_that_accepts_and_never_answers_is_named_in_seconds() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        began = time.monotonic()
-        with pytest.raises(Exception, match=r"can't connect to http://127\.0\.0\.1"):
-            AsyncMilvusVectorStore(uri=f"http://127.0.0.1:{silent.getsockname()[1]}", dim=DIM)
-        assert time.monotonic() - began < 15
-
-
-def test_a_port_where_nobody_listens_is_named_at_once(caplog: pytest.LogCaptureFixture) -> None:
-    began = time.monotonic()
-    with pytest.raises(Exception, match=r"can't connect to http://127.0.0.1:1: no Milvus server answers there"):
-        AsyncMilvusVectorStore(uri="http://user:s3cret@127.0.0.1:1", dim=DIM)
-    assert time.monotonic() - began < 3
+async def test_a_host_that_can_not_be_reached_is_named_and_one_where_nobody_listens_at_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and never answers
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        opening = asyncio.create_task(asyncio.to_thread(AsyncMilvusVectorStore, uri=uri, dim=DIM))
+        with pytest.raises(Exception, match=r"can't connect to http://127.0.0.1:1: no Milvus server answers there"):
+            await AsyncMilvusVectorStore.aopen(uri="http://user:s3cret@127.0.0.1:1", dim=DIM)
+        assert not opening.done(), "that took no time-out"
+        with pytest.raises(Exception, match=f"can't connect to {re.escape(uri)}"):
+            await opening
     assert "s3cret" not in caplog.text and "Traceback" not in caplog.text
 
 
@@ -464,17 +472,21 @@ async def test_overload_slows_down_without_an_error_and_recovers(
     quota = OverQuota(per_second=1_000)
     fault_proxy.script(rate_limit(), method=WRITES, when=quota)
     nodes = make_nodes(4_000, dim=DIM)
-    began = time.monotonic()
-    reports = await asyncio.gather(*(store.awrite(nodes[start::64]) for start in range(64)))
-    seconds = time.monotonic() - began
-    assert sum(len(report.written) for report in reports) == 4_000
+
+    async def seconds_to_write() -> float:
+        began = time.monotonic()
+        reports = await asyncio.gather(*(store.awrite(nodes[start::64]) for start in range(64)))
+        assert sum(len(report.written) for report in reports) == 4_000
+        return time.monotonic() - began
+
+    seconds = await seconds_to_write()
+    limit = store.statistics().limit
+    quota.per_second = 1e9
     permitted = (4_000 - 1_000) / 1_000  # the bucket's first second is free
-    assert seconds < permitted / 0.5, f"{seconds:.2f} s where {permitted:.2f} s were permitted"
+    work = await seconds_to_write()  # what it takes on this machine, busy as it is, without a quota
+    assert seconds < (permitted + work) / 0.5, f"{seconds:.2f} s where {permitted:.2f} + {work:.2f} s were permitted"
     if backend.name == "server":  # Lite has one write in flight anyway
-        assert store.statistics().limit < 8
-        quota.per_second = 1e9
-        for start in range(0, 4_000, 1_000):
-            await store.awrite(nodes[start : start + 1_000])
+        assert limit < 8
         assert store.statistics().limit == 8, "grown back"
     assert set(rows_of(backend, store.collection_name, prefix_of(nodes)).values()) == {1}
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests import programs
+from tests.fault_proxy import FaultProxy
+from tests.faults import Nth, Refuse
 from tests.servers import LiteServer
 
 PREAMBLE = """
@@ -153,6 +155,38 @@ def test_pipelines_fork_while_other_threads_search_and_write(uri: str) -> None:
         os._exit(0)
     """
     assert outcome(program, uri) == "well"
+
+
+@pytest.mark.parametrize("connection", [1, 2])
+def test_a_child_one_of_whose_connections_is_refused_tries_again(tmp_path: Path, connection: int) -> None:
+    """It has two to make: one that its stores share, and the store's own for pymilvus's client."""
+    program = """
+        print("open", flush=True)
+        sys.stdin.readline()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(30)
+            found = store.query(query).ids
+            print(len(found), store.client.has_collection("c"), flush=True)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        os._exit(0)
+    """
+    source = textwrap.dedent(PREAMBLE) + textwrap.dedent(program)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        LiteServer(tmp_path / "data") as server,
+        FaultProxy(server.address) as proxy,
+        subprocess.Popen([sys.executable, "-c", source, proxy.uri], text=True, **pipes) as parent,
+    ):
+        assert parent.stdout is not None and parent.stdin is not None
+        assert parent.stdout.readline() == "open\n"
+        proxy.clear()
+        refused = proxy.script(Refuse(), method="Connect", on=Nth(connection))
+        parent.stdin.write("fork\n")
+        parent.stdin.close()
+        assert parent.stdout.read() == "3 True\n"
+    assert refused.struck == 1 and refused.seen == 3
 
 
 def test_a_fork_while_another_thread_opens_and_closes_a_store_leaves_the_child_working(uri: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import textwrap
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -97,9 +96,10 @@ async def test_a_frozen_server_costs_the_deadline_and_thawed_answers_again(
         await store.async_add(nodes)
         server.freeze()
         query = VectorStoreQuery(query_embedding=nodes[0].embedding, similarity_top_k=3)
-        began = time.monotonic()
+        before = store.statistics().requests
         report, answer = await asyncio.gather(store.awrite(nodes), store.aquery(query), return_exceptions=True)
-        assert time.monotonic() - began < 3.5
+        # Four attempts of half a second each, and one or two shorter ones at the end.
+        assert store.statistics().requests - before <= 2 * 6
         assert not isinstance(report, BaseException) and len(report.failed) + len(report.unknown) == 500
         assert isinstance(answer, Exception)
         server.thaw()
@@ -142,10 +142,11 @@ def test_a_killed_client_with_lite_in_it_keeps_every_acknowledged_row(tmp_path: 
     for kill in range(kills):
         with programs.start(WRITER, path, str(kill)) as client:
             assert client.stdout.readline() == "ready\n"
-            time.sleep(chance.uniform(0.05, 0.6))
+            for _ in range(chance.randrange(1, 200)):  # it is killed in the midst of work, however fast that goes
+                acknowledged.append(client.stdout.readline().rstrip("\n"))
             client.kill()
             acknowledged += client.stdout.read().split("\n")[:-1]
-    assert len(acknowledged) > 50 * kills
+    assert all(acknowledged)
     with AsyncMilvusVectorStore(uri=path, collection_name="killed", dim=8) as store:
         stored = ids_in(store.client._config.uri, "killed")
     lost = set(acknowledged) - set(stored)

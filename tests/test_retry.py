@@ -182,6 +182,16 @@ def test_the_cause_of_what_pymilvus_met_itself_decides() -> None:
         assert (found is not None) == isinstance(cause, grpc.RpcError)
 
 
+def test_a_cause_is_found_behind_errors_that_are_raised_from_themselves_or_in_a_circle() -> None:
+    own_cause, one, other = (MilvusException(message="failed") for _ in range(3))
+    own_cause.__cause__ = own_cause
+    own_cause.__context__ = GrpcError(grpc.StatusCode.ABORTED, "why")
+    found = RpcFailure.cause_of(own_cause)
+    assert found is not None and found.status == "ABORTED"
+    one.__cause__, other.__cause__ = other, one
+    assert RpcFailure.cause_of(one) is None
+
+
 def test_an_error_keeps_what_it_says_of_itself() -> None:
     assert [getattr(RpcFailure(), name) for name in ("status", "details", "sent")] == ["UNKNOWN", "", True]
     closed = ClosedConnectionError()

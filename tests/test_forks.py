@@ -173,13 +173,11 @@ def test_a_child_one_of_whose_connections_is_refused_tries_again(tmp_path: Path,
         os._exit(0)
     """
     source = textwrap.dedent(PREAMBLE) + textwrap.dedent(program)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with (
         LiteServer(tmp_path / "data") as server,
         FaultProxy(server.address) as proxy,
-        subprocess.Popen([sys.executable, "-c", source, proxy.uri], text=True, **pipes) as parent,
+        programs.start(source, proxy.uri) as parent,
     ):
-        assert parent.stdout is not None and parent.stdin is not None
         assert parent.stdout.readline() == "open\n"
         proxy.clear()
         refused = proxy.script(Refuse(), method="Connect", on=Nth(connection))

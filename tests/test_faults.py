@@ -488,12 +488,14 @@ async def test_overload_slows_down_without_an_error_and_recovers(
 async def test_cancelling_one_caller_leaves_the_others_alone(
     fault_proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held
 ) -> None:
-    store = make_store()
+    store = make_store(batch_size=10, max_concurrency=1)
     mine, theirs = make_nodes(20, dim=DIM), make_nodes(20, dim=DIM)
     fault_proxy.script(held, method=WRITES, on=Nth(1))
-    kept = [asyncio.create_task(store.async_add([node])) for node in theirs]
-    given_up = [asyncio.create_task(store.async_add([node])) for node in mine]
-    await until(lambda: fault_proxy.in_flight() == 1)
+    kept, given_up = [], []
+    for one, other in zip(theirs, mine, strict=True):  # some of each are under way, and some wait
+        kept.append(asyncio.create_task(store.async_add([one])))
+        given_up.append(asyncio.create_task(store.async_add([other])))
+    await until(lambda: fault_proxy.in_flight() == 1 and store.statistics().waiting == 30)
     for task in given_up:
         task.cancel()
     ended = await asyncio.gather(*given_up, return_exceptions=True)

@@ -35,7 +35,9 @@ _NODES_PER_PART = 2_000
 # Two parts of two batches are with the model at once: it begins on one while the other's outcome is dealt with.
 _PARTS_AT_ONCE = 2
 _EMBED_BATCHES_PER_PART = 2
-_TURNS = 3  # of the event loop: enough for a new task to begin, and for what it submits to cross to the I/O thread
+# Of the event loop: enough for a new task to begin, for what it submits to cross to the I/O thread (3), and for what a
+# model that blocks the loop has embedded to come out of LlamaIndex's tasks (4).
+_TURNS = 8
 
 
 class AsyncMilvusWriter(TransformComponent):

@@ -336,8 +336,13 @@ def test_each_description_differs_so_that_no_cache_holds_it(store: AsyncMilvusVe
 
 
 @pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(("num_workers", "batches_per_part"), [(1, 1), (None, 2)])
 def test_a_slow_model_does_not_hold_writing_up(
-    store: AsyncMilvusVectorStore, make_nodes: MakeNodes, is_async: bool
+    store: AsyncMilvusVectorStore,
+    make_nodes: MakeNodes,
+    is_async: bool,
+    num_workers: int | None,
+    batches_per_part: int,
 ) -> None:
     """While a blocking model works on the last part, what was embedded before is already stored."""
     nodes = make_nodes(40, dim=DIM)
@@ -347,7 +352,8 @@ def test_a_slow_model_does_not_hold_writing_up(
 
     class Watching(HashEmbedding):
         def _embed(self, texts: list[str]) -> list[list[float]]:
-            blocked_until(lambda: store.statistics().rows - rows_before == 10 * self.calls)
+            before = 10 * (self.calls - self.calls % batches_per_part)
+            blocked_until(lambda: store.statistics().rows - rows_before == before)
             blocked_until(lambda: store.statistics().in_flight == 0)
             answered = threading.Event()  # while others are under way, small parts are gathered
             IoThread.get().post(answered.set)
@@ -355,7 +361,7 @@ def test_a_slow_model_does_not_hold_writing_up(
             moments.append(self.calls)
             return super()._embed(texts)
 
-    model = Watching(dim=DIM, embed_batch_size=10, num_workers=1)
+    model = Watching(dim=DIM, embed_batch_size=10, num_workers=num_workers)
     rows_before = store.statistics().rows
     writer = AsyncMilvusWriter(vector_store=store, embed_model=model)
     if is_async:

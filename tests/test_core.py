@@ -352,6 +352,25 @@ def test_an_item_that_cant_be_prepared_costs_no_request_and_no_neighbour(world: 
     assert call.outcomes.failed_indices() == [1]
 
 
+def test_an_error_of_one_item_holds_no_frames_and_nor_do_its_causes(world: World) -> None:
+    def prepare_badly(value: Value) -> tuple[Value, int]:
+        try:
+            try:
+                raise KeyError("hidden")
+            except KeyError:
+                raise OSError("cause")  # noqa: B904 - so that it hides the other one
+        except OSError as error:
+            raise ValueError("effect") from error
+
+    call = world.submit_many(world.lane(prepare=prepare_badly), 1)
+    world.finish()
+    assert call.failures[0] is not None
+    error: BaseException | None = call.failures[0].error
+    for kind in (ValueError, OSError, KeyError):
+        assert type(error) is kind and error.__traceback__ is None
+        error = error.__cause__ or error.__context__
+
+
 def test_an_item_that_cant_be_prepared_again_costs_its_neighbours_nothing(world: World) -> None:
     unpreparable: set[Value] = set()
 

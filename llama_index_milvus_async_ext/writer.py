@@ -119,7 +119,8 @@ class AsyncMilvusWriter(TransformComponent):
                     part.embed_with(self._embed)
                     ready = handed_over.ready_after(part, all(written.done() for written in reversed(pending)))
                     if ready is not None:
-                        pending.append(ready.begin(self.vector_store, connected))
+                        pending.append(PendingWrite(self.vector_store, connected, ready.nodes))
+                        pending[-1].begin()
                 for written, ready in zip(pending, handed_over.parts, strict=True):
                     ready.finish(written)
                     bar.update(len(ready.nodes))

@@ -554,6 +554,33 @@ def test_ctrl_c_cancels_what_a_writer_has_handed_over_part_by_part(
     nothing_more_is_sent(proxy, store, nodes, sent=nodes[:20])
 
 
+@pytest.mark.parametrize("embeds", [False, True])
+@pytest.mark.parametrize("moment", ["before it is sent", "as it is sent"])
+def test_ctrl_c_as_a_writer_hands_a_part_over_leaves_nothing_behind(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, monkeypatch: Any, embeds: bool, moment: str
+) -> None:
+    store, nodes = make_store(batch_size=10), make_nodes(30, dim=DIM)
+    for node in nodes if embeds else ():
+        node.embedding = None
+    proxy.script(Drop(), method=WRITES)
+    begin = Voyage.begin
+
+    def press(voyage: Voyage) -> None:
+        monkeypatch.setattr(Voyage, "begin", begin)
+        if moment == "as it is sent":
+            begin(voyage)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Voyage, "begin", press)
+    writer = AsyncMilvusWriter(store, HashEmbedding(dim=DIM, embed_batch_size=10, num_workers=1) if embeds else None)
+    with pytest.raises(KeyboardInterrupt) as pressed:
+        writer(nodes)
+    assert WriteReport.of(pressed.value) is writer.last_report
+    assert writer.last_report is not None and ids_in(writer.last_report) == sorted(node.node_id for node in nodes)
+    blocked_until(lambda: store.statistics().waiting == 0)
+    assert len(proxy.requests_of(*WRITES)) <= (moment == "as it is sent")
+
+
 def check_the_first_ten_are_written(report: WriteReport | None, nodes: list[Any]) -> None:
     """And the next ten were under way, and those after them waited."""
     assert report is not None

@@ -293,6 +293,28 @@ def test_ctrl_c_ends_a_blocking_call_which_knows_all_its_outcomes(shell: Shell) 
     assert threading.current_thread() not in shell_io(shell).blocked
 
 
+@pytest.mark.parametrize("moment", ["before it is sent", "as it is sent"])
+def test_ctrl_c_while_a_call_is_submitted_leaves_nothing_behind(
+    shell: Shell, io: IoThread, monkeypatch: Any, moment: str
+) -> None:
+    lane = make_lane(Server(seconds=100.0), abort_when_unwanted=True)
+    post = io.post
+
+    def press(*functions: Any) -> None:
+        monkeypatch.setattr(io, "post", post)
+        if moment == "as it is sent":
+            post(*functions)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(io, "post", press)
+    with pytest.raises(KeyboardInterrupt) as pressed:
+        run(ThreadPort().submit(request(shell, lane, items(5))))
+    submissions = pressed.value.submissions  # type: ignore[attr-defined]
+    assert len(submissions) == (moment == "as it is sent")
+    assert all(submission.remaining == 0 for submission in submissions)
+    waiting.blocked_until(lambda: lane.idle)
+
+
 def test_an_impatient_second_ctrl_c_loses_no_outcome(shell: Shell, io: IoThread) -> None:
     lane = make_lane(Server(seconds=0.5))
     voyage = ThreadPort().begin(request(shell, lane, items(5)))

@@ -51,8 +51,8 @@ class Journey:
         self.error: Exception | None = None
 
     def start(self) -> None:
-        """Submit them; in the I/O thread."""
-        if self._is_cancelled:  # by a coroutine that was closed before what it had sent crossed over
+        """Submit them, unless they have been cancelled; in the I/O thread."""
+        if self._is_cancelled:
             return
         try:
             for (shell, lane, values, keys), own_keys in zip(self._requests, self._own_keys, strict=True):
@@ -66,7 +66,9 @@ class Journey:
                 self._arrived()
 
     def cancel(self) -> None:
-        """Give up on them; in the I/O thread."""
+        """Give up on them; in the I/O thread, also before they are submitted."""
+        if not (self._is_cancelled or self.submissions or self.error):
+            self._arrived()
         self._is_cancelled = True
         for request, submission in zip(self._requests, self.submissions, strict=False):
             request.shell.cancel(submission)

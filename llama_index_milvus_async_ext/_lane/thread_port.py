@@ -26,38 +26,53 @@ class ThreadPort:
 
     async def submit(self, *requests: Request) -> list[Submission[Any]]:
         """See `Port`; it never suspends."""
-        return self.begin(*requests).wait()
+        return self.prepare(*requests).wait()
 
-    def begin(self, *requests: Request) -> Voyage:
-        """Submit requests, and return at once."""
+    def prepare(self, *requests: Request) -> Voyage:
+        """Requests that are to be submitted: nothing is sent yet."""
         if self._io.is_current:
             raise RuntimeError("a blocking call on the I/O thread would wait for itself; use the async method")
         self._io.check()
-        voyage = Voyage(self._io, requests)
-        self._io.post(voyage.journey.start)
+        return Voyage(self._io, requests)
+
+    def begin(self, *requests: Request) -> Voyage:
+        """Submit requests, and return at once."""
+        voyage = self.prepare(*requests)
+        voyage.begin()
         return voyage
 
 
 class Voyage:
-    """Requests that a thread has submitted, and will wait for."""
+    """Requests that a thread submits, and will wait for.
+
+    It is made first, and sent then: so whoever has it can cancel what Ctrl-C interrupts, at any moment.
+    """
 
     def __init__(self, io: IoThread, requests: Sequence[Request]) -> None:
         self._io = io
         self._arrivals: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.has_arrived = not requests
+        self._has_begun = False
         self.journey = Journey(requests, self._arrived)
 
     def _arrived(self) -> None:
         self.has_arrived = True
         self._arrivals.put(None)
 
+    def begin(self) -> None:
+        """Submit the requests, if that has not been done."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._io.post(self.journey.start)
+
     def wait(self) -> list[Submission[Any]]:
-        """Block until all outcomes are there. If it is interrupted, see `Port.submit`."""
+        """Submit the requests, and block until all outcomes are there. If it is interrupted, see `Port.submit`."""
         thread = threading.current_thread()
         waited_for = not thread.daemon and thread is not threading.main_thread()
-        if waited_for:
-            self._io.blocked.add(thread)
         try:
+            if waited_for:
+                self._io.blocked.add(thread)
+            self.begin()
             if not self.has_arrived:
                 self._arrivals.get()
         except BaseException as interruption:

@@ -31,14 +31,6 @@ class Part:
         self.nodes += other.nodes
         self.errors |= other.errors
 
-    def begin(self, store: OpenStore, connected: Connected) -> PendingWrite:
-        """Begin to write the part; the report is kept if that is interrupted."""
-        try:
-            return PendingWrite(store, connected, self.nodes)
-        except BaseException as interruption:
-            self.report = getattr(interruption, "report", None)
-            raise
-
     def finish(self, written: PendingWrite) -> None:
         """Wait for the report; it is kept if that is interrupted, too."""
         try:

@@ -170,21 +170,22 @@ class Write:
 
     def interrupt(self, interruption: BaseException) -> None:
         """Give the report to what interrupted the write."""
-        for submission in getattr(interruption, "submissions", ()):
+        if not isinstance(interruption, GeneratorExit):  # of that, nobody is told
+            interruption.report = self.give_up(getattr(interruption, "submissions", ()))  # type: ignore[attr-defined]
+
+    def give_up(self, submissions: Sequence[Submission[Any]]) -> WriteReport:
+        """The report of a write that goes no further: what did not come is not known, and the rest was not sent."""
+        for submission in submissions:
             if submission.lane.kind == "rows":
                 self.record(submission)
-        self.settle_rest()
-        if not isinstance(interruption, GeneratorExit):
-            interruption.report = self.report()  # type: ignore[attr-defined]
-            self._tell(interruption.report)  # type: ignore[attr-defined]
-
-    def settle_rest(self) -> None:
-        """Say of nodes whose outcome did not come that it is not known, and of the others that they were not sent."""
         self._failures |= dict.fromkeys(self._open_places, _lost())
         self._open_places = ()
         if not self._has_outcomes:
             error = CancelledCallError("the call was interrupted before this was sent")
             self._fail_others(Failure(error, 0, True, False))
+        report = self.report()
+        self._tell(report)
+        return report
 
     def report(self) -> WriteReport:
         """What has become of each node."""
@@ -231,19 +232,19 @@ async def write(
 
 
 class PendingWrite:
-    """A write that a thread has begun, and whose report it will ask for."""
+    """A write that a thread begins, and whose report it asks for later; whatever interrupts it, it can be cancelled."""
 
     def __init__(self, store: OpenStore, connected: Connected, nodes: Sequence[BaseNode]) -> None:
-        port = ThreadPort()
-        self._write = Write(store, connected, port, nodes)
+        self._port = ThreadPort()
+        self._write = Write(store, connected, self._port, nodes)
         self._voyage: Voyage | None = None
-        try:
-            request = run(self._write.prepare())
-            if request is not None:
-                self._voyage = port.begin(request)
-        except BaseException as interruption:
-            self._write.interrupt(interruption)
-            raise
+
+    def begin(self) -> None:
+        """Send it."""
+        request = run(self._write.prepare())
+        if request is not None:
+            self._voyage = self._port.prepare(request)
+            self._voyage.begin()
 
     def done(self) -> bool:
         """Whether the outcomes are there."""
@@ -251,10 +252,10 @@ class PendingWrite:
 
     def result(self) -> WriteReport:
         """Block until they are, and report them; what interrupts this carries the report."""
-        voyage, self._voyage = self._voyage, None
         try:
-            if voyage is not None:
-                submission, *_ = voyage.wait()
+            if self._voyage is not None:
+                submission, *_ = self._voyage.wait()
+                self._voyage = None
                 self._write.record(submission)
             return run(self._write.conclude())
         except BaseException as interruption:
@@ -264,10 +265,7 @@ class PendingWrite:
     def cancel(self) -> WriteReport:
         """Give up on what has no outcome yet, and report."""
         voyage, self._voyage = self._voyage, None
-        for submission in voyage.cancel() if voyage is not None else ():
-            self._write.record(submission)
-        self._write.settle_rest()
-        return self._write.report()
+        return self._write.give_up(voyage.cancel() if voyage is not None else ())
 
 
 def _lost() -> Failure:

@@ -417,7 +417,7 @@ from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWrit
 
 uri, collection, prefix, call = sys.argv[1:]
 nodes = [TextNode(id_=f"{prefix}-{n}", text="text", embedding=[0.5] * 8) for n in range(30)]
-store = AsyncMilvusVectorStore(uri=uri, collection_name=collection, dim=8, batch_size=10)
+store = AsyncMilvusVectorStore(uri=uri, collection_name=collection, dim=8, batch_size=10, rpc_timeout_seconds=100)
 calls = {
     "store.add(nodes)": lambda: store.add(nodes),
     "AsyncMilvusWriter(store)(nodes)": lambda: AsyncMilvusWriter(store)(nodes),

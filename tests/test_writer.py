@@ -334,6 +334,7 @@ def test_an_event_tells_of_each_write(store: AsyncMilvusVectorStore, make_nodes:
     finally:
         root.event_handlers.remove(handler)
     assert [(e.collection_name, e.written, e.failed, e.unknown) for e in seen] == [(store.collection_name, 7, 0, 0)]
+    assert seen[0].model_dump()["class_name"] == "MilvusWriteEvent"
 
 
 def test_no_secret_is_shown(backend: Backend, collection_name: str) -> None:

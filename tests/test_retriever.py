@@ -132,6 +132,27 @@ async def test_two_hundred_questions_share_requests(store: AsyncMilvusVectorStor
     assert right >= 190, "texts that occur twice aside, each caller gets its own answer"
 
 
+@pytest.mark.parametrize(("num_workers", "peak"), [(None, 8), (2, 2)])
+async def test_a_model_has_as_many_questions_at_once_as_it_has_workers(
+    lite_uri: str, collection_name: str, num_workers: int | None, peak: int
+) -> None:
+    now, most = 0, 0
+
+    class Counting(HashEmbedding):
+        async def _aget_query_embedding(self, query: str) -> list[float]:
+            nonlocal now, most
+            now += 1
+            most = max(most, now)
+            await asyncio.sleep(0)  # all that are let in come in this turn
+            now -= 1
+            return self.vector(query)
+
+    with AsyncMilvusVectorStore(lite_uri, collection_name=collection_name, dim=DIM) as store:
+        retriever = AsyncMilvusRetriever(store, Counting(dim=DIM, num_workers=num_workers))
+        assert await retriever.aretrieve_many([f"question {number}" for number in range(20)]) == [[]] * 20
+    assert most == peak
+
+
 async def test_an_embedding_that_is_given_is_used(store: AsyncMilvusVectorStore, nodes: list[TextNode]) -> None:
     model = HashEmbedding(dim=DIM)
     retriever = AsyncMilvusRetriever(store, embed_model=model, similarity_top_k=1)

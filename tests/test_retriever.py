@@ -17,12 +17,15 @@ from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index.vector_stores.milvus.utils import BaseSparseEmbeddingFunction, BM25BuiltInFunction
+from pymilvus.grpc_gen import milvus_pb2
 
 from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore
 from llama_index_milvus_async_ext._milvus.connection import Connection
 from tests.conftest import Backend
 from tests.corpus import documents, stdlib_nodes
 from tests.embedding import HashEmbedding
+from tests.fault_proxy import FaultProxy
+from tests.faults import Exchange
 
 DIM = 64
 MODEL = HashEmbedding(dim=DIM)
@@ -101,6 +104,28 @@ def test_answers_equal_upstreams_sync_async_and_many(
     together = asyncio.run(ours.aretrieve_many(QUESTIONS))
     for found, reference in zip(together, expected, strict=True):
         same(found, reference)
+
+
+def without_counts(exchange: Exchange) -> bytes:
+    """An answer without hits as a server gives it; Lite says of each query that it has none."""
+    answer = milvus_pb2.SearchResults.FromString(exchange.forward())
+    assert not any(answer.results.topks)
+    answer.results.ClearField("topks")
+    serialized: bytes = answer.SerializeToString()
+    return serialized
+
+
+@pytest.mark.usefixtures("way_to_milvus")
+@pytest.mark.parametrize("as_a_server", [False, True])
+async def test_where_there_is_nothing_nothing_is_found(
+    proxy: FaultProxy, collection_name: str, as_a_server: bool
+) -> None:
+    if as_a_server:
+        proxy.script(without_counts, method="Search")
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM) as store:
+        retriever = AsyncMilvusRetriever(store, embed_model=MODEL)
+        assert retriever.retrieve(QUESTIONS[0]) == []
+        assert await retriever.aretrieve_many(QUESTIONS) == [[]] * len(QUESTIONS)
 
 
 async def test_doc_ids_and_node_ids(store: AsyncMilvusVectorStore, nodes: list[TextNode]) -> None:

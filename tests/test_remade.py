@@ -168,15 +168,15 @@ def test_only_what_was_refused_is_sent_again(lite_uri: str, collection_name: str
         assert store.statistics().rows - before == 6
 
 
-async def test_a_key_of_another_type_is_noticed_by_look_ups_searches_and_deletes(
+async def test_a_key_of_another_name_and_type_is_noticed_by_look_ups_searches_and_deletes(
     lite_uri: str, collection_name: str
 ) -> None:
     client = MilvusClient(lite_uri)
 
-    def make(key_type: DataType, **options: Any) -> None:
+    def make(key: str, key_type: DataType, **options: Any) -> None:
         client.drop_collection(collection_name)
         schema = client.create_schema(auto_id=False, enable_dynamic_field=True)
-        schema.add_field("pk", key_type, is_primary=True, **options)
+        schema.add_field(key, key_type, is_primary=True, **options)
         schema.add_field("text", DataType.VARCHAR, max_length=100)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=2)
         index = client.prepare_index_params()
@@ -192,16 +192,17 @@ async def test_a_key_of_another_type_is_noticed_by_look_ups_searches_and_deletes
         lambda store: store.delete_nodes(["a"]),
         lambda store: store.adelete_nodes(["a"]),
     ):
-        make(DataType.INT64)
+        make("number", DataType.INT64)
         with AsyncMilvusVectorStore(lite_uri, collection_name=collection_name) as store:
             with pytest.raises(MilvusException, match="'a' is no id"):
                 store.get_nodes(["a"])
-            make(DataType.VARCHAR, max_length=100)
-            client.insert(collection_name, [{"pk": "a", "text": "found", "embedding": [1.0, 0.0]}])
+            make("name", DataType.VARCHAR, max_length=100)
+            client.insert(collection_name, [{"name": "a", "text": "found", "embedding": [1.0, 0.0]}])
             answer = ask(store)
             found = await answer if inspect.isawaitable(answer) else answer
             nodes = getattr(found, "nodes", found)
-            assert [node.get_content() for node in nodes or []] == (["found"] if found is not None else [])
+            expected = [("a", "found")] if found is not None else []
+            assert [(node.node_id, node.get_content()) for node in nodes or []] == expected
             assert len(store.get_nodes(["a"])) == (found is not None), "else it is deleted"
     client.close()
 

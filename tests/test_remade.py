@@ -154,6 +154,20 @@ def test_a_server_that_says_the_schema_has_changed_is_asked_for_it_at_once(
         assert (proxy.counts["Upsert"], proxy.counts["DescribeCollection"]) == (2, 1)
 
 
+def test_what_may_have_been_stored_before_it_was_noticed_is_not_called_failed_because_it_fits_no_longer(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=8) as store:
+        assert store.write(make_nodes(1)).ok
+        make_anew(store, 16)
+        # Each shard of a server looks at its rows by itself: others may have been taken.
+        proxy.script(MilvusError(109, "schema mismatch", common_pb2.SchemaMismatch), method="Upsert", on=Nth(1))
+        nodes = make_nodes(2)
+        report = store.write(nodes)
+    assert [(unknown.node, unknown.attempts) for unknown in report.unknown] == [(node, 1) for node in nodes]
+    assert "the collection has 16" in str(report.unknown[0].error) and not report.failed
+
+
 def test_only_what_was_refused_is_sent_again(lite_uri: str, collection_name: str, make_nodes: MakeNodes) -> None:
     arguments: dict[str, Any] = {"uri": lite_uri, "collection_name": collection_name}
     with AsyncMilvusVectorStore(dim=8, **arguments) as store:

@@ -168,6 +168,20 @@ def test_what_may_have_been_stored_before_it_was_noticed_is_not_called_failed_be
     assert "the collection has 16" in str(report.unknown[0].error) and not report.failed
 
 
+def test_rows_that_are_refused_one_by_one_do_not_have_the_schema_asked_for_one_by_one(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=8) as store:
+        schema = store.live().endpoint.connection.known_schema(collection_name)
+        assert schema is not None
+        schema.confirmed_at = 0.0  # long ago
+        proxy.clear()
+        proxy.script(MilvusError(1100, "refused"), method="Upsert")
+        assert len(store.write(make_nodes(16)).failed) == 16
+        assert proxy.counts["Upsert"] > 16, "the batch was halved down to each row"
+        assert proxy.counts["DescribeCollection"] <= 2, "because of the first refusal, and of what was left in the end"
+
+
 def test_only_what_was_refused_is_sent_again(lite_uri: str, collection_name: str, make_nodes: MakeNodes) -> None:
     arguments: dict[str, Any] = {"uri": lite_uri, "collection_name": collection_name}
     with AsyncMilvusVectorStore(dim=8, **arguments) as store:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 
+from llama_index_milvus_async_ext._lane import forks
+from llama_index_milvus_async_ext._lane.thread import IoThread
 from tests import programs
 from tests.fault_proxy import FaultProxy
 from tests.faults import Nth, Refuse
 from tests.servers import LiteServer
+from tests.waiting import blocked_until
 
 PREAMBLE = """
     import asyncio, os, signal, sys, threading, time
@@ -82,6 +86,28 @@ def test_a_fork_amid_writes_does_not_stop_the_parents_writes(uri: str) -> None:
             os.waitpid(pid, 0)
     """
     assert outcome(program, uri) == "20 True"
+
+
+def test_a_fork_goes_on_as_soon_as_the_last_request_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forks, "_MOST_SECONDS", 60.0)
+    monkeypatch.setattr(forks, "_HELD_SECONDS", 60.0)
+    IoThread.get()
+    quiet = forks._Quiet()
+    for _ in range(2):
+        quiet.began()
+    forking = threading.Thread(target=quiet.before_fork, daemon=True)
+    forking.start()
+    try:
+        blocked_until(lambda: quiet._is_held)
+        quiet.ended()
+        forking.join(0.05)
+        assert forking.is_alive(), "one is still out"
+        quiet.ended()
+        forking.join(20)
+        assert not forking.is_alive()
+    finally:
+        quiet.after_fork()
+    blocked_until(lambda: not quiet._is_held)
 
 
 def test_a_child_that_outlives_its_killed_parent_holds_nothing(tmp_path: Path) -> None:

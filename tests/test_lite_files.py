@@ -15,6 +15,8 @@ from pymilvus import AsyncMilvusClient, MilvusClient
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy
 from tests import programs
 from tests.conftest import MakeNodes
+from tests.fault_proxy import FaultProxy
+from tests.faults import MilvusError, Nth
 from tests.servers import LiteServer
 from tests.test_kill import ids_in
 
@@ -88,6 +90,16 @@ def test_a_link_to_an_open_file_is_that_file(tmp_path: Path, make_nodes: MakeNod
     assert opened_elsewhere(link) == "5"
 
 
+def test_a_link_may_lead_to_a_folder_of_any_name(tmp_path: Path, make_nodes: MakeNodes) -> None:
+    folder, link = tmp_path / "data", tmp_path / "link.db"
+    folder.mkdir()
+    link.symlink_to(folder)
+    with opened(link) as store:
+        store.add(make_nodes(5, dim=DIM))
+    assert any(folder.iterdir())
+    assert opened_elsewhere(link) == "5"
+
+
 def test_a_file_of_milvus_lite_2_is_named(tmp_path: Path) -> None:
     path = tmp_path / "old.db"
     path.write_bytes(b"SQLite format 3\0" + bytes(32_752))
@@ -113,6 +125,31 @@ def test_a_full_disk_is_not_taken_for_bad_rows(tmp_path: Path, make_nodes: MakeN
         assert len(lost) == 400 and all(node.retryable for node in lost)
         assert "No space left" in str(lost[0].error)
         assert store.statistics().requests - before <= 10
+
+
+def test_after_a_full_disk_the_first_write_that_succeeds_begins_a_new_log_and_no_later_one(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM) as store:
+        proxy.script(MilvusError(1, "[Errno 28] No space left on device"), method="Upsert", on=Nth(1))
+        assert len(store.write(make_nodes(2, dim=DIM)).failed) == 2
+        assert proxy.counts["Flush"] == 0, "while the disk is full, that would make rows disappear"
+        for _ in range(3):
+            assert store.write(make_nodes(2, dim=DIM)).ok
+            assert proxy.counts["Flush"] == 1
+
+
+def test_rows_count_as_written_once_the_new_log_has_begun(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    policy = RetryPolicy(initial_backoff_seconds=0.001, max_backoff_seconds=0.01)
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM, retry=policy) as store:
+        proxy.script(MilvusError(1, "[Errno 28] No space left on device"), method="Upsert", on=Nth(1))
+        assert not store.write(make_nodes(2, dim=DIM)).ok
+        proxy.script(MilvusError(1, "[Errno 28] No space left on device"), method="Flush", on=Nth(1))
+        report = store.write(make_nodes(2, dim=DIM))
+        assert report.ok and report.retries == 1
+        assert (proxy.counts["Upsert"], proxy.counts["Flush"]) == (3, 2)
 
 
 WRITER = """

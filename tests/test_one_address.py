@@ -10,13 +10,14 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores.types import VectorStoreQuery
 from pymilvus import MilvusClient
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy
 from tests.conftest import MakeNodes
 from tests.fault_proxy import FaultProxy
-from tests.faults import Held
+from tests.faults import Held, Nth, Refuse
 from tests.waiting import until
 
 DIM = 8
@@ -72,6 +73,50 @@ async def test_they_share_one_limit(proxy: FaultProxy, stores: list[AsyncMilvusV
     await asyncio.gather(*calling)
     assert proxy.in_flight_peak() == LIMIT
     assert len(proxy.requests) == len(calls)
+
+
+async def test_who_asks_the_same_at_once_is_answered_by_the_policy_of_each(
+    proxy: FaultProxy, collection_name: str, held: Held
+) -> None:
+    arguments: dict[str, Any] = {"collection_name": collection_name, "dim": DIM}
+    query = VectorStoreQuery(query_embedding=[0.5] * DIM, similarity_top_k=1)
+    with (
+        AsyncMilvusVectorStore(proxy.uri, **arguments, retry=RetryPolicy(max_attempts=1)) as impatient,
+        AsyncMilvusVectorStore(proxy.uri, **arguments, retry=RetryPolicy(max_backoff_seconds=0.1)) as patient,
+    ):
+        proxy.script(held, method="Search", on=Nth(1))
+        proxy.script(Refuse(), method="Search", on=Nth(1))  # the second one in all
+        first = asyncio.create_task(impatient.aquery(query))
+        await until(lambda: proxy.in_flight("Search") == 1)
+        assert (await patient.aquery(query)).ids == []
+        held.let_go()
+        assert (await first).ids == []
+    assert proxy.counts["Search"] == 3
+
+
+async def test_a_second_insert_replaces_the_first_though_another_store_upserts(
+    proxy: FaultProxy, collection_name: str, held: Held, make_nodes: MakeNodes
+) -> None:
+    """One that waits with its caller until the first has ended, behind more rows than are let in."""
+    arguments: dict[str, Any] = {"collection_name": collection_name, "dim": DIM, "batch_size": 1, "max_concurrency": 1}
+    with (
+        AsyncMilvusVectorStore(proxy.uri, **arguments, upsert_mode=False) as inserting,
+        AsyncMilvusVectorStore(proxy.uri, **arguments) as upserting,
+    ):
+        for store in (inserting, upserting):
+            await store.async_add(make_nodes(1, dim=DIM))
+        proxy.clear()
+        proxy.script(held, method=CHANGES, on=Nth(1))
+        nodes = [TextNode(id_="one", text=text, embedding=[0.5] * DIM) for text in ("first", "second")]
+        first = asyncio.create_task(inserting.async_add(nodes[:1]))
+        await until(lambda: proxy.in_flight() == 1)
+        between = asyncio.create_task(inserting.async_add(make_nodes(100, dim=DIM)))
+        second = asyncio.create_task(inserting.async_add(nodes[1:]))
+        await until(lambda: inserting.statistics().waiting == 101)
+        held.let_go()
+        await asyncio.gather(first, between, second)
+        assert (proxy.counts["Insert"], proxy.counts["Upsert"]) == (101, 1)
+        assert [node.get_content() for node in await inserting.aget_nodes(node_ids=["one"])] == ["second"]
 
 
 @pytest.mark.parametrize("first", ["write", "delete"])

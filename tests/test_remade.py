@@ -154,6 +154,34 @@ def test_a_server_that_says_the_schema_has_changed_is_asked_for_it_at_once(
         assert (proxy.counts["Upsert"], proxy.counts["DescribeCollection"]) == (2, 1)
 
 
+def test_what_may_have_been_stored_before_it_was_noticed_is_not_called_failed_because_it_fits_no_longer(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=8) as store:
+        assert store.write(make_nodes(1)).ok
+        make_anew(store, 16)
+        # Each shard of a server looks at its rows by itself: others may have been taken.
+        proxy.script(MilvusError(109, "schema mismatch", common_pb2.SchemaMismatch), method="Upsert", on=Nth(1))
+        nodes = make_nodes(2)
+        report = store.write(nodes)
+    assert [(unknown.node, unknown.attempts) for unknown in report.unknown] == [(node, 1) for node in nodes]
+    assert "the collection has 16" in str(report.unknown[0].error) and not report.failed
+
+
+def test_rows_that_are_refused_one_by_one_do_not_have_the_schema_asked_for_one_by_one(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=8) as store:
+        schema = store.live().endpoint.connection.known_schema(collection_name)
+        assert schema is not None
+        schema.confirmed_at = 0.0  # long ago
+        proxy.clear()
+        proxy.script(MilvusError(1100, "refused"), method="Upsert")
+        assert len(store.write(make_nodes(16)).failed) == 16
+        assert proxy.counts["Upsert"] > 16, "the batch was halved down to each row"
+        assert proxy.counts["DescribeCollection"] <= 2, "because of the first refusal, and of what was left in the end"
+
+
 def test_only_what_was_refused_is_sent_again(lite_uri: str, collection_name: str, make_nodes: MakeNodes) -> None:
     arguments: dict[str, Any] = {"uri": lite_uri, "collection_name": collection_name}
     with AsyncMilvusVectorStore(dim=8, **arguments) as store:
@@ -168,15 +196,15 @@ def test_only_what_was_refused_is_sent_again(lite_uri: str, collection_name: str
         assert store.statistics().rows - before == 6
 
 
-async def test_a_key_of_another_type_is_noticed_by_look_ups_searches_and_deletes(
+async def test_a_key_of_another_name_and_type_is_noticed_by_look_ups_searches_and_deletes(
     lite_uri: str, collection_name: str
 ) -> None:
     client = MilvusClient(lite_uri)
 
-    def make(key_type: DataType, **options: Any) -> None:
+    def make(key: str, key_type: DataType, **options: Any) -> None:
         client.drop_collection(collection_name)
         schema = client.create_schema(auto_id=False, enable_dynamic_field=True)
-        schema.add_field("pk", key_type, is_primary=True, **options)
+        schema.add_field(key, key_type, is_primary=True, **options)
         schema.add_field("text", DataType.VARCHAR, max_length=100)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=2)
         index = client.prepare_index_params()
@@ -192,16 +220,17 @@ async def test_a_key_of_another_type_is_noticed_by_look_ups_searches_and_deletes
         lambda store: store.delete_nodes(["a"]),
         lambda store: store.adelete_nodes(["a"]),
     ):
-        make(DataType.INT64)
+        make("number", DataType.INT64)
         with AsyncMilvusVectorStore(lite_uri, collection_name=collection_name) as store:
             with pytest.raises(MilvusException, match="'a' is no id"):
                 store.get_nodes(["a"])
-            make(DataType.VARCHAR, max_length=100)
-            client.insert(collection_name, [{"pk": "a", "text": "found", "embedding": [1.0, 0.0]}])
+            make("name", DataType.VARCHAR, max_length=100)
+            client.insert(collection_name, [{"name": "a", "text": "found", "embedding": [1.0, 0.0]}])
             answer = ask(store)
             found = await answer if inspect.isawaitable(answer) else answer
             nodes = getattr(found, "nodes", found)
-            assert [node.get_content() for node in nodes or []] == (["found"] if found is not None else [])
+            expected = [("a", "found")] if found is not None else []
+            assert [(node.node_id, node.get_content()) for node in nodes or []] == expected
             assert len(store.get_nodes(["a"])) == (found is not None), "else it is deleted"
     client.close()
 

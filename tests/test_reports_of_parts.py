@@ -80,6 +80,19 @@ def test_the_embedding_models_error_takes_the_place_of_the_stores_and_of_nothing
     assert replace(explained, failed=report.failed) == report
 
 
+def test_parts_that_are_written_together_keep_the_errors_of_each() -> None:
+    nodes = [failed(name, 0) for name in "abc"]
+    errors = [RuntimeError("of the first"), RuntimeError("of the second")]
+    first, second = (
+        Part([f.node], [f.node], errors={id(f.node): error}) for f, error in zip(nodes, errors, strict=False)
+    )
+    first.join(Part([nodes[2].node], []))
+    first.join(second)
+    first.report = WriteReport([], nodes, [])
+    assert [f.error for f in first.explained().failed] == [*errors, nodes[2].error]
+    assert [node.node_id for node in first.nodes] == ["a", "c", "b"]
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 async def test_a_writers_report_has_the_retries_of_all_its_parts(
     store: AsyncMilvusVectorStore,

@@ -17,12 +17,15 @@ from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index.vector_stores.milvus.utils import BaseSparseEmbeddingFunction, BM25BuiltInFunction
+from pymilvus.grpc_gen import milvus_pb2
 
 from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore
 from llama_index_milvus_async_ext._milvus.connection import Connection
 from tests.conftest import Backend
 from tests.corpus import documents, stdlib_nodes
 from tests.embedding import HashEmbedding
+from tests.fault_proxy import FaultProxy
+from tests.faults import Exchange
 
 DIM = 64
 MODEL = HashEmbedding(dim=DIM)
@@ -103,6 +106,28 @@ def test_answers_equal_upstreams_sync_async_and_many(
         same(found, reference)
 
 
+def without_counts(exchange: Exchange) -> bytes:
+    """An answer without hits as a server gives it; Lite says of each query that it has none."""
+    answer = milvus_pb2.SearchResults.FromString(exchange.forward())
+    assert not any(answer.results.topks)
+    answer.results.ClearField("topks")
+    serialized: bytes = answer.SerializeToString()
+    return serialized
+
+
+@pytest.mark.usefixtures("way_to_milvus")
+@pytest.mark.parametrize("as_a_server", [False, True])
+async def test_where_there_is_nothing_nothing_is_found(
+    proxy: FaultProxy, collection_name: str, as_a_server: bool
+) -> None:
+    if as_a_server:
+        proxy.script(without_counts, method="Search")
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM) as store:
+        retriever = AsyncMilvusRetriever(store, embed_model=MODEL)
+        assert retriever.retrieve(QUESTIONS[0]) == []
+        assert await retriever.aretrieve_many(QUESTIONS) == [[]] * len(QUESTIONS)
+
+
 async def test_doc_ids_and_node_ids(store: AsyncMilvusVectorStore, nodes: list[TextNode]) -> None:
     chosen = [node.node_id for node in nodes[5:8]]
     found = await AsyncMilvusRetriever(store, MODEL, 10, node_ids=chosen).aretrieve("anything")
@@ -130,6 +155,27 @@ async def test_two_hundred_questions_share_requests(store: AsyncMilvusVectorStor
     assert len(found) == 200
     right = sum(hits[0].node.node_id == node.node_id for hits, node in zip(found, asked, strict=True))
     assert right >= 190, "texts that occur twice aside, each caller gets its own answer"
+
+
+@pytest.mark.parametrize(("num_workers", "peak"), [(None, 8), (2, 2)])
+async def test_a_model_has_as_many_questions_at_once_as_it_has_workers(
+    lite_uri: str, collection_name: str, num_workers: int | None, peak: int
+) -> None:
+    now, most = 0, 0
+
+    class Counting(HashEmbedding):
+        async def _aget_query_embedding(self, query: str) -> list[float]:
+            nonlocal now, most
+            now += 1
+            most = max(most, now)
+            await asyncio.sleep(0)  # all that are let in come in this turn
+            now -= 1
+            return self.vector(query)
+
+    with AsyncMilvusVectorStore(lite_uri, collection_name=collection_name, dim=DIM) as store:
+        retriever = AsyncMilvusRetriever(store, Counting(dim=DIM, num_workers=num_workers))
+        assert await retriever.aretrieve_many([f"question {number}" for number in range(20)]) == [[]] * 20
+    assert most == peak
 
 
 async def test_an_embedding_that_is_given_is_used(store: AsyncMilvusVectorStore, nodes: list[TextNode]) -> None:

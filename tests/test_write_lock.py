@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,6 +119,18 @@ async def test_it_is_held_until_it_is_released_however_often_that_is_said(lock: 
         assert not other.take(), "the second release was of the first one's"
         again()
         await is_free(other)
+
+
+async def test_another_user_may_open_its_file_whatever_the_umask_of_who_made_it(lock: WriteLock) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(lock.path)
+    before = os.umask(0o077)
+    try:
+        release = await lock.acquire(timeout=1)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(lock.path).st_mode) == 0o644
+    release()
 
 
 async def test_within_the_process_one_at_a_time_has_it(lock: WriteLock, address: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import io
+import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -296,6 +298,19 @@ def test_progress_is_shown_when_asked_for(store: AsyncMilvusVectorStore, make_no
             assert bool(shown.getvalue()) == show
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda writer: pickle.loads(pickle.dumps(writer))])
+def test_a_copied_writer_has_all_settings_of_the_first(
+    lite_uri: str, collection_name: str, copied: Callable[[AsyncMilvusWriter], AsyncMilvusWriter]
+) -> None:
+    with AsyncMilvusVectorStore(lite_uri, collection_name=collection_name, dim=DIM, batch_size=77) as store:
+        writer = AsyncMilvusWriter(store, HashEmbedding(dim=DIM), on_failure="collect", show_progress=True)
+        other = copied(writer)
+        with other.vector_store:
+            assert (other.on_failure, other.show_progress) == ("collect", True)
+            assert other.embed_model == writer.embed_model
+            assert (other.vector_store.collection_name, other.vector_store.batch_size) == (collection_name, 77)
+
+
 def test_nothing_to_write(store: AsyncMilvusVectorStore) -> None:
     for model in (None, HashEmbedding(dim=DIM)):
         writer = AsyncMilvusWriter(vector_store=store, embed_model=model)
@@ -319,6 +334,7 @@ def test_an_event_tells_of_each_write(store: AsyncMilvusVectorStore, make_nodes:
     finally:
         root.event_handlers.remove(handler)
     assert [(e.collection_name, e.written, e.failed, e.unknown) for e in seen] == [(store.collection_name, 7, 0, 0)]
+    assert seen[0].model_dump()["class_name"] == "MilvusWriteEvent"
 
 
 def test_no_secret_is_shown(backend: Backend, collection_name: str) -> None:

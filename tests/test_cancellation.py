@@ -329,6 +329,34 @@ async def test_a_writer_cancelled_under_anyio_has_its_report(
     assert WriteReport.of(raised) is writer.last_report
 
 
+async def test_a_writer_cancelled_at_every_turn_while_it_embeds_has_its_report(
+    proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held
+) -> None:
+    class Stuck(HashEmbedding):
+        """Answers for the first part, of two batches."""
+
+        async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+            embeddings = self._embed(texts)
+            if self.calls > 2:
+                await asyncio.Event().wait()
+            return embeddings
+
+    store, nodes = make_store(batch_size=10), make_nodes(60, dim=DIM)
+    for node in nodes:
+        node.embedding = None
+    proxy.script(held, method=WRITES)
+    writer = AsyncMilvusWriter(store, Stuck(dim=DIM, embed_batch_size=10))
+    writing = asyncio.create_task(writer.acall(nodes))
+    await until(lambda: proxy.in_flight() == 1)
+    while not writing.done():
+        writing.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    check(writer.last_report, nodes, unknown=nodes[:10])
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 @pytest.mark.parametrize("turns_between", [1, 2, 3])
 async def test_a_write_cancelled_twice_has_its_report(
     proxy: FaultProxy, make_store: Any, make_nodes: MakeNodes, held: Held, turns_between: int

@@ -211,6 +211,14 @@ def test_a_lane_is_found_again_while_it_is_in_use_and_forgotten_when_it_is_idle(
         shell.cancel(submit(shell, given_up, [Item(0)]))
         await drained(shell)
         assert not shell._lanes
+        for aborts in (False, True):
+            lane = shell.lane("key", lambda: make_lane(server, abort_when_unwanted=aborts))  # noqa: B023
+            under_way = submit(shell, lane, [Item(0)])
+            await asyncio.sleep(0.5)
+            assert server.in_flight == 1
+            shell.cancel(under_way)
+            await drained(shell)
+            assert not shell._lanes
 
     virtual_time.run(scenario())
 

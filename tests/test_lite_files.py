@@ -139,6 +139,19 @@ def test_after_a_full_disk_the_first_write_that_succeeds_begins_a_new_log_and_no
             assert proxy.counts["Flush"] == 1
 
 
+def test_rows_count_as_written_once_the_new_log_has_begun(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    policy = RetryPolicy(initial_backoff_seconds=0.001, max_backoff_seconds=0.01)
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM, retry=policy) as store:
+        proxy.script(MilvusError(1, "[Errno 28] No space left on device"), method="Upsert", on=Nth(1))
+        assert not store.write(make_nodes(2, dim=DIM)).ok
+        proxy.script(MilvusError(1, "[Errno 28] No space left on device"), method="Flush", on=Nth(1))
+        report = store.write(make_nodes(2, dim=DIM))
+        assert report.ok and report.retries == 1
+        assert (proxy.counts["Upsert"], proxy.counts["Flush"]) == (3, 2)
+
+
 WRITER = """
     import asyncio, sys
     from llama_index.core.schema import TextNode

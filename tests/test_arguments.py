@@ -552,6 +552,8 @@ def test_a_store_that_is_taken_over_or_copied_keeps_all_its_settings(open_store:
             assert not store.overwrite
     with AsyncMilvusVectorStore.from_vector_store(plain_store) as store:
         assert (store.batch_size, store.max_concurrency, store.retry) == (800, 8, RetryPolicy())
+    with AsyncMilvusVectorStore.from_vector_store(plain_store, upsert_mode=False) as store:
+        assert not store.upsert_mode, "what is asked for counts"
 
 
 # --- the limits of a request

@@ -656,7 +656,7 @@ def test_a_writer_that_ends_with_an_error_cancels_what_it_has_not_sent(
     report = writer.last_report
     check(report, nodes, unknown=nodes[:10])
     assert report is not None and WriteReport.of(ended.value) is report
-    assert all(isinstance(f.error, CancelledCallError) for f in (*report.unknown, *report.failed))
+    assert all(isinstance(f.error, CancelledCallError) and f.retryable for f in (*report.unknown, *report.failed))
     held.let_go()
     nothing_more_is_sent(proxy, store, nodes, sent=nodes[:10])
     assert model.calls == 2, "nothing was embedded after that"

@@ -23,7 +23,9 @@ from pymilvus import MilvusClient
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy, WriteError
 from llama_index_milvus_async_ext._lane import forks
+from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._lane.thread import IoThread
+from llama_index_milvus_async_ext._milvus import connection
 from tests.conftest import MakeNodes, lite_address
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
@@ -374,6 +376,35 @@ async def nothing_is_counted() -> None:
     """Nobody has work for Python any more, and no request is out that a fork would have to wait for."""
     assert not IoThread.get().takes_turns()
     await until(lambda: forks.quiet._out == 0)
+
+
+async def test_a_call_for_which_there_is_no_thread_is_not_waited_for(
+    store: AsyncMilvusVectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_more(**_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(connection.threading, "Thread", no_more)
+        with pytest.raises(RuntimeError, match="new thread"):
+            await store.aget_nodes(node_ids=["any"])
+    await nothing_is_counted()
+    within(20, store.close)
+
+
+async def test_a_store_that_is_being_closed_takes_no_calls_from_within_anothers(
+    proxy: FaultProxy, store: AsyncMilvusVectorStore, collection_name: str, held: Held
+) -> None:
+    proxy.script(held, method="Search")
+    async with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM) as other:
+        pending = asyncio.create_task(store.aquery(query_of()))
+        await until(lambda: proxy.in_flight() == 1)
+        closing = asyncio.create_task(store.aclose())
+        await refuses_calls(store)
+        with other.live().held(LoopPort.current()), pytest.raises(RuntimeError, match="closed"):
+            await store.aget_nodes(node_ids=["any"])
+        held.let_go()
+        await asyncio.gather(pending, closing)
 
 
 # --- what is left

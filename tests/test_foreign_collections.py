@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -122,6 +123,24 @@ def test_search_answers_equal_upstreams_but_for_the_type_of_the_ids(backend: Bac
     assert [(node.get_content(), node.metadata) for node in ours.nodes] == [
         (node.get_content(), node.metadata) for node in theirs.nodes
     ]
+
+
+def test_a_text_that_is_missing_is_found_as_none(lite_uri: str, collection_name: str) -> None:
+    with contextlib.closing(MilvusClient(lite_uri)) as client:
+        schema = client.create_schema(auto_id=False, enable_dynamic_field=True)
+        schema.add_field("id", TEXTS, is_primary=True, max_length=100)
+        schema.add_field("text", TEXTS, max_length=100)
+        schema.add_field("colour", TEXTS, max_length=100, nullable=True)
+        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=2)
+        index = client.prepare_index_params()
+        index.add_index("embedding", index_type="FLAT", metric_type="IP")
+        client.create_collection(collection_name, schema=schema, index_params=index)
+        colours = (None, "red", "")
+        rows = [{"id": str(n), "text": "text", "colour": c, "embedding": [1.0, -n]} for n, c in enumerate(colours)]
+        client.insert(collection_name, rows)
+    with AsyncMilvusVectorStore(lite_uri, collection_name=collection_name, output_fields=["colour"]) as store:
+        found = store.query(VectorStoreQuery(query_embedding=[0.0, 1.0], similarity_top_k=3))
+        assert [node.metadata for node in found.nodes or []] == [{"colour": colour} for colour in colours]
 
 
 def a_node(**metadata: Any) -> TextNode:

@@ -266,6 +266,22 @@ def test_a_defect_in_the_table_of_errors_leaves_nobody_waiting() -> None:
     virtual_time.run(scenario())
 
 
+def test_a_retry_that_can_not_be_logged_is_made_all_the_same() -> None:
+    def fail(_: Retry) -> None:
+        raise ZeroDivisionError
+
+    async def scenario() -> None:
+        told: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+        shell, lane = make_shell(fail), make_lane(Server(script=[lost]))
+        began = now()
+        assert not (await outcome(shell, lane, items(2))).failures
+        assert now() - began < 3, "two requests of a second, and a pause of a tenth at the most"
+        assert isinstance(told[0], ZeroDivisionError)
+
+    virtual_time.run(scenario())
+
+
 def test_a_defect_in_the_core_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         told: list[Any] = []

@@ -87,6 +87,13 @@ def test_another_metric_that_is_asked_for_is_refused_and_nothing_is_said_of_dele
     assert open_store(similarity_metric="cosine", dim=8).dim == 8
 
 
+def test_a_metric_in_small_letters_is_the_same(lite_uri: str, collection_name: str) -> None:
+    config = {"index_type": "FLAT", "metric_type": "l2"}
+    AsyncMilvusVectorStore(lite_uri, collection_name=collection_name, dim=8, similarity_metric="L2").close()
+    with AsyncMilvusVectorStore(lite_uri, collection_name=collection_name, index_config=config) as store:
+        assert store.similarity_metric == "L2"
+
+
 def test_another_dimension_that_is_asked_for_is_refused(open_store: Open) -> None:
     open_store(dim=8).close()
     with pytest.raises(ValueError, match="has dimension 8, but dim=9 is asked for") as refused:

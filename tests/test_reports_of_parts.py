@@ -116,7 +116,7 @@ async def test_a_writers_report_has_the_retries_of_all_its_parts(
 
 
 async def test_a_failed_writers_report_keeps_the_attempts_at_each_node(
-    store: AsyncMilvusVectorStore, proxy: FaultProxy, make_nodes: MakeNodes
+    store: AsyncMilvusVectorStore, proxy: FaultProxy, make_nodes: MakeNodes, events: list[MilvusWriteEvent]
 ) -> None:
     store.retry = RetryPolicy(max_attempts=3, initial_backoff_seconds=0.001, max_backoff_seconds=0.01)
     nodes = make_nodes(4, dim=DIM)
@@ -130,6 +130,7 @@ async def test_a_failed_writers_report_keeps_the_attempts_at_each_node(
     assert [(f.node, f.attempts) for f in report.failed] == [(nodes[1], 0)]
     assert [(f.node, f.attempts) for f in report.unknown] == [(node, 4) for node in (nodes[0], *nodes[2:])]
     assert report.retries == 3
+    assert [(event.written, event.failed, event.unknown, event.retries) for event in events] == [(0, 1, 3, 3)]
 
 
 async def test_each_of_the_callers_of_a_shared_request_hears_of_its_retries(

@@ -178,6 +178,27 @@ async def test_a_model_has_as_many_questions_at_once_as_it_has_workers(
     assert most == peak
 
 
+async def test_of_several_errors_the_first_questions_is_raised_when_all_have_ended(
+    lite_uri: str, collection_name: str
+) -> None:
+    second_failed, ended = asyncio.Event(), []
+
+    class Failing(AsyncMilvusRetriever):
+        async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+            if query_bundle.query_str == "second":
+                second_failed.set()
+            else:
+                await second_failed.wait()
+                await asyncio.sleep(0)
+            ended.append(query_bundle.query_str)
+            raise LookupError(query_bundle.query_str)
+
+    with AsyncMilvusVectorStore(lite_uri, collection_name=collection_name, dim=DIM) as store:
+        with pytest.raises(LookupError, match="first"):
+            await Failing(store, MODEL).aretrieve_many(["first", "second", "third"])
+        assert sorted(ended) == ["first", "second", "third"]
+
+
 async def test_an_embedding_that_is_given_is_used(store: AsyncMilvusVectorStore, nodes: list[TextNode]) -> None:
     model = HashEmbedding(dim=DIM)
     retriever = AsyncMilvusRetriever(store, embed_model=model, similarity_top_k=1)

@@ -13,6 +13,7 @@ from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQu
 from llama_index.vector_stores.milvus.utils import BaseSparseEmbeddingFunction
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore
+from llama_index_milvus_async_ext._nodes import sparse
 
 
 class LettersEncoder(BaseSparseEmbeddingFunction):
@@ -97,6 +98,14 @@ async def test_an_encoder_that_fails_for_all_is_not_asked_for_each_of_a_thousand
     assert len(report.failed) == 1000 and not report.written
     assert all(str(each.error) == "no vector for !" for each in report.failed)
     assert len(encoder.calls) < 20
+
+
+@pytest.mark.parametrize("awaits", [False, True])
+async def test_each_of_many_texts_has_its_own_vector_beside_one_that_the_encoder_fails_for(awaits: bool) -> None:
+    texts = ["!", *("x" * (number + 1) for number in range(40))]
+    error, *vectors = await sparse.of_documents(encoder, texts, awaits)
+    assert isinstance(error, RuntimeError)
+    assert vectors == [{ord("x"): number + 1.0} for number in range(40)]
 
 
 @pytest.mark.parametrize("way", ["sync", "async"])

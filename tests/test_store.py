@@ -567,6 +567,9 @@ def test_statistics(make_store: Any, make_nodes: MakeNodes) -> None:
     assert after.rows - before.rows == 30
     assert after.requests > before.requests
     assert (after.in_flight, after.waiting) == (0, 0)
+    store.query_many([VectorStoreQuery(query_embedding=[0.5] * DIM)] * 3)
+    last = store.statistics()
+    assert (last.queries - after.queries, last.rows - after.rows) == (3, 0)
 
 
 def test_settings_that_are_changed_count_from_the_next_call(make_store: Any, make_nodes: MakeNodes) -> None:

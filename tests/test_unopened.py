@@ -13,9 +13,12 @@ import grpc
 import pytest
 from llama_index.core.bridge.pydantic import ValidationError
 from pymilvus import MilvusClient, MilvusException
+from pymilvus.exceptions import ConnectError
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore
 from llama_index_milvus_async_ext._milvus import lite
+from llama_index_milvus_async_ext._milvus.session import Connected
+from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from tests.conftest import MakeNodes
 from tests.fault_proxy import FaultProxy
 from tests.faults import Fault, MilvusError, Nth, Refuse
@@ -131,6 +134,15 @@ async def test_an_opening_that_ends_midway_by_whatever_error_leaves_nothing_behi
     await until(lambda: nothing_is_left_of(proxy) if where == "at an address" else is_free(path))
     with AsyncMilvusVectorStore(uri, collection_name=collection_name, dim=DIM) as store:
         assert len(store.add(make_nodes(3, dim=DIM))) == 3
+
+
+async def test_a_connection_made_anew_that_lacks_its_second_half_leaves_nothing_behind(proxy: FaultProxy) -> None:
+    """As in a forked child, which has two to make."""
+    refused = proxy.script(Refuse(), method="Connect", on=Nth(2))
+    with pytest.raises(ConnectError):
+        Connected.anew(ConnectionSettings(proxy.uri), use_async_client=False)
+    assert refused.struck == 1
+    await until(lambda: nothing_is_left_of(proxy))
 
 
 async def test_of_two_stores_one_that_could_not_be_opened_closes_nothing_of_the_other(

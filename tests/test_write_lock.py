@@ -7,6 +7,7 @@ import contextlib
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,8 @@ async def test_a_call_that_changes_a_collection_waits_for_the_other_process(
     proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes, call: str
 ) -> None:
     policy = RetryPolicy(max_attempts=100, initial_backoff_seconds=0.01, max_backoff_seconds=0.01, deadline_seconds=60)
-    async with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM, retry=policy) as store:
+    bounds: dict[str, Any] = {"retry": policy, "rpc_timeout_seconds": 5.0}
+    async with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM, **bounds) as store:
         await store.async_add(make_nodes(2, dim=DIM))
         calls: dict[str, Callable[[], Any]] = {
             "write": lambda: store.async_add(make_nodes(3, dim=DIM)),
@@ -249,7 +251,11 @@ async def test_a_call_that_changes_a_collection_waits_for_the_other_process(
             calling = asyncio.create_task(calls[call]())
             await until(lambda: bool(waiting_threads()))
             assert not proxy.requests and store.statistics().in_flight == 1
+            began = time.monotonic()
+            await asyncio.sleep(0.5)
+            waited = time.monotonic() - began
             other.give_back()
             await calling
-            assert proxy.requests
+            timeout = proxy.requests[0].timeout or 0.0
+            assert timeout < store.rpc_timeout_seconds - waited / 2, "what was waited for is part of the attempt"
             await is_free(other)

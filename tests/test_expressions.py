@@ -53,6 +53,7 @@ MOST = 2**63 - 1
         (Op.TEXT_MATCH, 20, 'k like "20%"'),
         (Op.TEXT_MATCH, "a_", '(k >= "a_" and k < "a`")'),
         (Op.TEXT_MATCH, "a%", '(k >= "a%" and k < "a&")'),
+        (Op.TEXT_MATCH, "a%X", '(k >= "a%X" and k < "a%Y")'),
         (Op.TEXT_MATCH, "a\\", r'(k >= "a\\" and k < "a]")'),
         (Op.TEXT_MATCH, "a\0", '(k >= "a\0" and k < "a\x01")'),
         (Op.TEXT_MATCH, "%\ud7ff", '(k >= "%\ud7ff" and k < "%\ue000")'),
@@ -193,6 +194,8 @@ def test_all_that_restricts_a_query() -> None:
         search_expression(query, "own", scalars, primary_key=key, is_lite=True)
         == f"(((not ((k is null or k != 1))) and {rest.split(' and ')[0]}) and {' and '.join(rest.split(' and ')[1:])})"
     )
+    plain = VectorStoreQuery(filters=query.filters)
+    assert search_expression(plain, "own") == "(not (k != 1))"
     assert search_expression(VectorStoreQuery(), "own", scalars) == 'ARRAY_CONTAINS(tags, "x")'
 
 

@@ -6,9 +6,11 @@ A child that is forked while some thread is inside gRPC, or imports a module, ma
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterator
 
 from llama_index_milvus_async_ext._lane.thread import IoThread
 
@@ -37,6 +39,17 @@ class _Quiet:
             self._out -= 1
             if not self._out and self._forks:
                 self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """For what enters gRPC on another thread than the I/O thread, as connecting: not beside a fork. Not nested."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._forks, _HELD_SECONDS)
+            self._out += 1
+        try:
+            yield
+        finally:
+            self.ended()
 
     def before_fork(self) -> None:
         """Hold the I/O thread, and wait for what is out, but not for ever."""

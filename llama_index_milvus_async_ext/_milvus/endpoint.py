@@ -48,6 +48,7 @@ _LEAST_QUERIES = 250
 # A larger answer would cost the server its work and then be halved.
 _MAX_HITS = 10_000
 _LEAST_CAPACITY = 64
+_LAST_ANSWERS_SECONDS = 2.0
 _LEAST_SECONDS = 0.05  # for a request after a long wait for the right to write
 
 Call = Callable[["Endpoint", float], Awaitable[T]]
@@ -101,6 +102,11 @@ class Endpoint:
 
     def _disconnect(self) -> None:
         self._sharing.leave_address(self.connection.address)
+        if self._settings.is_file and not self._shared.users and not IoThread.get().is_current:
+            # A write that was given up may still be out: a file that is closed under it makes Lite print a traceback.
+            until = time.monotonic() + _LAST_ANSWERS_SECONDS
+            while self.shell.core.in_flight and time.monotonic() < until:
+                time.sleep(_LEAST_SECONDS / 10)
         with lite.files if self._settings.is_file else contextlib.nullcontext():
             self.connection.close()
             if self._settings.is_file:

@@ -13,6 +13,7 @@ import tenacity
 from pymilvus import MilvusClient
 from pymilvus.exceptions import ConnectError, MilvusException
 
+from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.connection import Connection
 from llama_index_milvus_async_ext._milvus.errors import RpcFailure
@@ -32,7 +33,8 @@ def connect(settings: ConnectionSettings) -> Connection:
         ConnectError: The server can't be reached, refuses the token, or the file is in use.
     """
     attempt = functools.partial(_attempts(settings), Connection, settings)
-    return _explained(settings, lambda: _on_another_thread(settings, attempt) if settings.is_file else attempt())
+    with forks.quiet.busy():
+        return _explained(settings, lambda: _on_another_thread(settings, attempt) if settings.is_file else attempt())
 
 
 def another_client(settings: ConnectionSettings, uri: str) -> MilvusClient:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from pymilvus import AsyncMilvusClient, MilvusClient
 
+from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._lane.port import LoopPort, Port
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._milvus import lite
@@ -125,8 +126,9 @@ class Connected:
             if self.closed:
                 return
             self.closed = True
-        self.client.close()
-        self.endpoint.close()
+        with forks.quiet.busy():
+            self.client.close()
+            self.endpoint.close()
 
 
 def _running_port() -> LoopPort | None:

@@ -16,6 +16,7 @@ from llama_index.vector_stores.milvus.utils import DEFAULT_SPARSE_EMBEDDING_KEY,
 from pymilvus import AsyncMilvusClient, DataType, MilvusClient
 from typing_extensions import Self
 
+from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._lane.lanes import Lane
 from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus import lite
@@ -109,7 +110,7 @@ class OpenStore(MilvusVectorStore):
         settings = ConnectionSettings(uri, token, kwargs, served_at)
         endpoint = Endpoint.open(settings)
         try:
-            with endpoint.creating(), silence_pymilvus():
+            with forks.quiet.busy(), endpoint.creating(), silence_pymilvus():
                 if overwrite:
                     similarity_metric = metric_for_new(similarity_metric, index_config)
                 else:

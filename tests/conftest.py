@@ -75,7 +75,7 @@ def is_for_mutants() -> bool:
     return bool(settings.default == settings.get_profile(MUTANTS))
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "milvus_server" in getattr(item, "fixturenames", ()):
             item.add_marker("server")

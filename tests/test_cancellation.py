@@ -29,7 +29,7 @@ from tests.conftest import MakeNodes
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
 from tests.faults import Drop, Fault, Held, LoseAnswer, MilvusError, Nth, Refuse
-from tests.waiting import blocked_until, until
+from tests.waiting import beside, blocked_until, press_ctrl_c, until
 
 DIM = 8
 WRITES = ("Insert", "Upsert")
@@ -490,8 +490,7 @@ async def test_ctrl_c_leaves_the_report(proxy: FaultProxy, make_store: Any, held
 # --- blocking calls
 
 
-@contextlib.contextmanager
-def ctrl_c_once(condition: Callable[[], bool]) -> Iterator[None]:
+def ctrl_c_once(condition: Callable[[], bool]) -> contextlib.AbstractContextManager[None]:
     """Ctrl-C in the main thread, once it waits for an outcome and a condition holds."""
     main = threading.main_thread().ident or 0
 
@@ -501,16 +500,9 @@ def ctrl_c_once(condition: Callable[[], bool]) -> Iterator[None]:
     def press() -> None:
         for _ in range(2):  # in case it had only just begun to wait
             blocked_until(is_due)
-        signal.pthread_kill(main, signal.SIGINT)
+        press_ctrl_c()
 
-    thread = threading.Thread(target=press)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-        signal.signal(signal.SIGINT, before)
+    return beside(press)
 
 
 class PacedEmbedding(HashEmbedding):

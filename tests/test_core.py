@@ -955,6 +955,13 @@ def test_what_is_sent_again_comes_first_but_starves_nobody(world: World) -> None
     world.finish()
 
 
+def refused_once(world: World, lane: Any) -> None:
+    """One value of a lane that has been sent, and is to be sent again."""
+    world.submit_many(lane, 1)
+    world.settle_down()
+    world.answer(first(world), Verdict.TRANSIENT)
+
+
 def order_after(world: World, begun: int) -> list[Lane[Value, str]]:
     """Serve everything, one request at a time; the lanes of the requests, but for the first `begun`."""
     world.finish()
@@ -982,9 +989,7 @@ def test_what_waits_under_a_low_ceiling_is_not_overtaken_by_what_is_new_under_a_
 ) -> None:
     narrow, wide = world.lane(ceiling=1), world.lane(ceiling=4, max_items=1)
     if is_sent_again:
-        world.submit_many(narrow, 1)
-        world.settle_down()
-        world.answer(first(world), Verdict.TRANSIENT)
+        refused_once(world, narrow)
     world.submit_many(wide, 4)
     world.settle_down()
     begun = len(world.requests)
@@ -998,9 +1003,7 @@ def test_what_waits_under_a_low_ceiling_is_not_overtaken_by_what_is_new_under_a_
 def test_what_is_sent_again_keeps_its_order_past_differing_ceilings(world: World) -> None:
     narrow, wide, other = world.lane(ceiling=1), world.lane(ceiling=4), world.lane(ceiling=4, exclusive="a file")
     for lane in (narrow, wide):
-        world.submit_many(lane, 1)
-        world.settle_down()
-        world.answer(first(world), Verdict.TRANSIENT)
+        refused_once(world, lane)
     world.submit_many(other, 1)
     world.settle_down()
     world.now += 1
@@ -1013,9 +1016,7 @@ def test_what_waits_for_another_request_of_its_file_keeps_nobody_from_being_sent
     one, two = (world.lane(exclusive="a file") for _ in range(2))
     free = world.lane()
     for lane in (two, free):
-        world.submit_many(lane, 1)
-        world.settle_down()
-        world.answer(first(world), Verdict.TRANSIENT)
+        refused_once(world, lane)
     world.submit_many(one, 1)
     world.settle_down()
     world.now += 1
@@ -1025,9 +1026,7 @@ def test_what_waits_for_another_request_of_its_file_keeps_nobody_from_being_sent
 
 def test_the_halves_of_a_refused_batch_go_before_others_that_are_sent_again(world: World) -> None:
     again, halved, new = (world.lane(ceiling=1, policy=patient(deadline_seconds=1_000)) for _ in range(3))
-    world.submit_many(again, 1)
-    world.settle_down()
-    world.answer(first(world), Verdict.TRANSIENT)
+    refused_once(world, again)
     world.submit(halved, [Value(), Value(bad=True)])
     world.settle_down()
     world.submit_many(new, 1)

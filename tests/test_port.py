@@ -7,7 +7,6 @@ import contextlib
 import contextvars
 import gc
 import os
-import signal
 import subprocess
 import textwrap
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._lane.items import Submission
 from llama_index_milvus_async_ext._lane.journey import Request
 from llama_index_milvus_async_ext._lane.lanes import Lane
@@ -263,23 +263,15 @@ def test_a_defect_before_the_lane_leaves_nobody_waiting(shell: Shell, io: IoThre
     assert isinstance(found[0], ZeroDivisionError)
 
 
-@contextlib.contextmanager
-def interrupted(after: float, times: int = 1) -> Iterator[None]:
+def interrupted(after: float, times: int = 1) -> contextlib.AbstractContextManager[None]:
     """Ctrl-C in the main thread, once it waits."""
 
     def press() -> None:
         for _ in range(times):
             time.sleep(after)
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            waiting.press_ctrl_c()
 
-    thread = threading.Thread(target=press)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-        signal.signal(signal.SIGINT, before)
+    return waiting.beside(press)
 
 
 def test_ctrl_c_ends_a_blocking_call_which_knows_all_its_outcomes(shell: Shell) -> None:
@@ -514,6 +506,30 @@ def test_the_interpreter_exits_at_once_and_in_silence(script: str) -> None:
     ended = run_script(script)
     assert (ended.returncode, ended.stdout.strip(), ended.stderr) == (0, "['result of 0']", "")
     assert time.monotonic() - began < 20
+
+
+def test_a_fork_and_the_opening_of_a_store_wait_for_each_other(io: IoThread) -> None:
+    quiet, busy = forks._Quiet(), []
+
+    def fork() -> None:
+        quiet.before_fork()
+        busy.append(quiet._out)
+
+    def open_a_store() -> None:
+        with quiet.busy():
+            busy.append(quiet._forks)
+
+    forking, opening = threading.Thread(target=fork), threading.Thread(target=open_a_store)
+    with quiet.busy():
+        forking.start()
+        waiting.blocked_until(lambda: quiet._forks == 1)
+    forking.join()
+    opening.start()
+    opening.join(0.2)
+    assert opening.is_alive() and busy == [0]
+    quiet.after_fork()
+    opening.join()
+    assert busy == [0, 0]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

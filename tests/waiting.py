@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -23,3 +26,21 @@ def blocked_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
             return
         time.sleep(0.01)
     raise AssertionError(f"it did not happen in {seconds:g} seconds")
+
+
+def press_ctrl_c() -> None:
+    """Ctrl-C in the main thread."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def beside(press: Callable[[], object]) -> Iterator[None]:
+    """Have another thread press Ctrl-C by and by; leaving waits for it."""
+    thread = threading.Thread(target=press)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)

@@ -7,6 +7,7 @@ of rows; `_milvus` alone knows pymilvus and gRPC; `_lane` carries items of many 
 nothing of Milvus: a pure core decides, a thin shell in one I/O thread per process does it.
 """
 
+from llama_index_milvus_async_ext.ingestion import FailedDocument, IngestionReport, aingest, ingest
 from llama_index_milvus_async_ext.report import FailedNode, WriteError, WriteReport
 from llama_index_milvus_async_ext.retriever import AsyncMilvusRetriever
 from llama_index_milvus_async_ext.retry import RetryPolicy
@@ -17,8 +18,12 @@ __all__ = [
     "AsyncMilvusRetriever",
     "AsyncMilvusVectorStore",
     "AsyncMilvusWriter",
+    "FailedDocument",
     "FailedNode",
+    "IngestionReport",
     "RetryPolicy",
     "WriteError",
     "WriteReport",
+    "aingest",
+    "ingest",
 ]

@@ -28,3 +28,24 @@ class MilvusWriteEvent(BaseEvent):
     def class_name(cls) -> str:
         """Name of the event."""
         return "MilvusWriteEvent"
+
+
+class MilvusIngestionEvent(BaseEvent):
+    """Some documents of an ingestion are settled: they are in the collection. It holds no document and no secret.
+
+    Attributes:
+        documents: Documents settled since the last such event, the unchanged ones included.
+        nodes: Nodes that Milvus has acknowledged since then, of these or of documents still under way.
+        failed: Documents that have failed so far, in all.
+        stage_seconds: How long each stage was at work since then, in seconds.
+    """
+
+    documents: int
+    nodes: int
+    failed: int
+    stage_seconds: dict[str, float]
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name of the event."""
+        return "MilvusIngestionEvent"

@@ -11,14 +11,18 @@ HOME = Path(package.__file__).parent
 MODULES = sorted(HOME.rglob("*.py"))
 # From the top down: a room imports those below it, and itself.
 FLOORS = [
+    "ingestion",
     "writer",
     "retriever",
     "vector_store",
+    "_ingest",
     "_store",
     "_queries",
     "_nodes",
     "_milvus",
     "_lane",
+    "_flow",
+    "ingestion_report",
     "report",
     "events",
     "retry",
@@ -74,6 +78,14 @@ def test_the_core_of_the_lane_is_pure() -> None:
         assert not imported & {"asyncio", "time", "threading", "random", "logging", "os"}, name
 
 
+def test_what_decides_in_an_ingestion_is_pure() -> None:
+    for name in ("_flow/intake", "_ingest/standing"):
+        tree = ast.parse((HOME / f"{name}.py").read_text())
+        assert not [node for node in ast.walk(tree) if isinstance(node, (ast.Await, ast.AsyncFunctionDef))], name
+        imported = {node.names[0].name for node in ast.walk(tree) if isinstance(node, ast.Import)}
+        assert not imported & {"asyncio", "time", "threading", "random", "logging", "os"}, name
+
+
 def test_no_module_is_larger_than_a_room() -> None:
     for path in MODULES:
         most = 250 if path.parent.name == "_lane" else 350
@@ -85,8 +97,12 @@ def test_nothing_else_is_public() -> None:
         "AsyncMilvusRetriever",
         "AsyncMilvusVectorStore",
         "AsyncMilvusWriter",
+        "FailedDocument",
         "FailedNode",
+        "IngestionReport",
         "RetryPolicy",
         "WriteError",
         "WriteReport",
+        "aingest",
+        "ingest",
     ]

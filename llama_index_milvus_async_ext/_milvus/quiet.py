@@ -17,6 +17,7 @@ _NOISY_LOGGERS = (
     "pymilvus.decorators",
     "pymilvus.client.connection_manager",
     "pymilvus.client.grpc_handler",
+    "pymilvus.orm.iterator",
     "milvus_lite.server_manager",
 )
 

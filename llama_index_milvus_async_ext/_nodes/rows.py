@@ -15,6 +15,8 @@ from llama_index_milvus_async_ext._milvus.schema import DYNAMIC_FIELD, ID_FIELD,
 from llama_index_milvus_async_ext._nodes.node_json import NodeJson
 from llama_index_milvus_async_ext._nodes.vectors import pack
 
+# A dynamic field that says, of each row that an ingestion has written, to which version of its document it belongs.
+RECORD_FIELD = "_ingestion"
 # Milvus stores the dynamic fields of a row as one JSON value, of this many bytes at the most (measured: 65,536 pass).
 MAX_DYNAMIC_BYTES = 65_536
 _DEFAULT_MAX_LENGTH = 65_535
@@ -102,7 +104,9 @@ class RowEncoder:
             if f["type"] in _PYTHON_TYPES and not f.get("nullable") and f.get("default_value") is None
         ]
 
-    def encode(self, node: BaseNode, sparse: dict[int, float] | None = None) -> tuple[Row, int]:
+    def encode(
+        self, node: BaseNode, sparse: dict[int, float] | None = None, record: bytes | None = None
+    ) -> tuple[Row, int]:
         """The row of a node, and its size in bytes.
 
         Where the collection's primary key is not `id`, its value is that of the node's metadata, as upstream.
@@ -110,6 +114,7 @@ class RowEncoder:
         Args:
             node: The node; its embedding is taken from `node.embedding`.
             sparse: Its sparse vector, where the client computes one.
+            record: What the row says of the node's document; see `record_bytes`.
 
         Raises:
             SchemaMismatchError: The node does not fit the collection as it was described.
@@ -130,7 +135,7 @@ class RowEncoder:
                 nbytes += len(value)
             else:
                 nbytes += self._checked_size(node, entity, name, kind, limit)
-        columns, dynamic = self._parted(node, entity)
+        columns, dynamic = self._parted(node, entity, record)
         nbytes += len(dynamic) + (len(vector) if vector else 0) + 8 * len(sparse or ())
         return Row(columns, dynamic, vector), nbytes
 
@@ -203,7 +208,7 @@ class RowEncoder:
                 raise _mismatch(node, problem, "use a smaller number") from None
         return 8
 
-    def _parted(self, node: BaseNode, entity: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    def _parted(self, node: BaseNode, entity: dict[str, Any], record: bytes | None) -> tuple[dict[str, Any], bytes]:
         """The values of the collection's columns, and the JSON of the others."""
         if DYNAMIC_FIELD in entity:
             raise _refused(node, f"its metadata has the key {DYNAMIC_FIELD!r}, Milvus's own", "rename the key")
@@ -217,6 +222,10 @@ class RowEncoder:
             dynamic = orjson.dumps(entity)
         except (TypeError, ValueError, RecursionError) as error:
             raise _refused(node, f"its metadata can't be stored as JSON ({error})", "use plain JSON values") from None
+        if record is not None:
+            if RECORD_FIELD in entity:
+                raise _refused(node, f"its metadata has the key {RECORD_FIELD!r}, this package's own", "rename the key")
+            dynamic = b'%s,"%s":%s}' % (dynamic[:-1], RECORD_FIELD.encode(), record)
         if len(dynamic) > MAX_DYNAMIC_BYTES:
             raise _refused(
                 node,

@@ -107,9 +107,13 @@ def slices(ids: Sequence[T]) -> list[Sequence[T]]:
 
 
 def query(
-    collection: str, expression: str, partitions: Sequence[str] | None, fields: Sequence[str] | None = None
+    collection: str,
+    expression: str,
+    partitions: Sequence[str] | None,
+    fields: Sequence[str] | None = None,
+    **options: Any,
 ) -> Call[list[dict[str, Any]]]:
-    """Look up what matches: these fields of it, or all."""
+    """Look up what matches: these fields of it, or all. The options are pymilvus's, such as `limit`."""
 
     async def run(endpoint: Endpoint, timeout: float) -> list[dict[str, Any]]:
         with endpoint.reloading(collection):
@@ -121,7 +125,35 @@ def query(
                 partition_names=partitions,
                 timeout=timeout,
                 retry_on_rate_limit=False,
+                **options,
             )
+        return list(found)
+
+    return run
+
+
+def pages(
+    collection: str, expression: str, fields: Sequence[str], rows_per_page: int, **options: Any
+) -> Call[list[dict[str, Any]]]:
+    """Look up what matches, page by page: each time that it is made, the call gives the next page, and at last none."""
+    iterators: list[Any] = []
+
+    async def run(endpoint: Endpoint, timeout: float) -> list[dict[str, Any]]:
+        with endpoint.reloading(collection):
+            if not iterators:
+                iterator = await endpoint.connection.in_thread(
+                    endpoint.connection.client.query_iterator,
+                    collection_name=collection,
+                    batch_size=rows_per_page,
+                    filter=expression,
+                    output_fields=list(fields),
+                    timeout=timeout,
+                    **options,
+                )
+                iterators.append(iterator)
+            found = await endpoint.connection.in_thread(iterators[0].next)
+        if not found:
+            await endpoint.connection.in_thread(iterators[0].close)
         return list(found)
 
     return run

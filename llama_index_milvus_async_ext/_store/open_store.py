@@ -328,7 +328,7 @@ class OpenStore(MilvusVectorStore):
 
 
 def _encoder(target: WriteTarget, schema: Schema) -> Callable[[Any], tuple[Row, int]]:
-    """What turns a node, or a node and its sparse vector, into a row."""
+    """What turns a node, or a node with its sparse vector and its record, into a row."""
     encoder = RowEncoder(
         schema,
         text_key=target.text_key,
@@ -337,9 +337,7 @@ def _encoder(target: WriteTarget, schema: Schema) -> Callable[[Any], tuple[Row, 
         sparse_field=target.sparse_field,
         upsert=target.upsert,
     )
-    if target.sparse_field is None:
-        return encoder.encode
-    return lambda item: encoder.encode(*item)
+    return lambda item: encoder.encode(*item) if type(item) is tuple else encoder.encode(item)
 
 
 def _rebuilt(cls: type[OpenStore], connection: tuple[str, str, dict[str, Any]], arguments: dict[str, Any]) -> OpenStore:

@@ -45,6 +45,8 @@ class Write:
         nodes: The nodes.
         partition: The partition; empty for the default one.
         force_flush: Whether to have Milvus seal what was written.
+        records: What the row of each node says of its document; such rows replace earlier ones of the same id,
+            whatever the store's `upsert_mode`.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Write:
         nodes: Sequence[BaseNode],
         partition: str = "",
         force_flush: bool = False,
+        records: Sequence[bytes] | None = None,
     ) -> None:
         self._started = time.perf_counter()
         self._store = store
@@ -64,6 +67,7 @@ class Write:
         self._keys = [node.node_id for node in self._nodes]
         self._partition = partition
         self._force_flush = force_flush
+        self._records = records
         self._schema: Schema | None = None
         self._vectors: list[Any] | None = None  # sparse ones, or the errors in their places
         self._places: list[int] | None = None  # of the nodes that are submitted; None for all
@@ -108,10 +112,11 @@ class Write:
 
     def _request(self, schema: Schema, upsert: bool | None = None) -> Request:
         endpoint = self._connected.endpoint
-        lane = self._store.write_lane(endpoint, schema, self._partition, upsert)
+        lane = self._store.write_lane(endpoint, schema, self._partition, upsert or self._records is not None or None)
         values: list[Any] = self._nodes
-        if self._vectors is not None:
-            values = list(zip(self._nodes, self._vectors, strict=True))
+        if self._vectors is not None or self._records is not None:
+            nothing = [None] * len(self._nodes)
+            values = list(zip(self._nodes, self._vectors or nothing, self._records or nothing, strict=True))
         keys = self._keys
         if self._places is not None:
             values, keys = [values[place] for place in self._places], [keys[place] for place in self._places]

@@ -1,0 +1,68 @@
+"""Nodes and their embeddings: batches of texts, of which one that the model refuses fails alone."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.schema import BaseNode, MetadataMode
+
+from llama_index_milvus_async_ext._flow.threads import Calls
+from llama_index_milvus_async_ext._nodes.vectors import set_embedding
+
+_BATCHES_PER_CALL = 2
+# Refusals, one after the other, by which a model is taken to refuse everything: a service that is down, a wrong key.
+_REFUSALS = 3
+
+Embed = Callable[[list[str]], Awaitable[list[list[float]]]]
+
+
+def awaiting(model: BaseEmbedding) -> Embed:
+    """The model's async way."""
+    return model.aget_text_embedding_batch
+
+
+def blocking(model: BaseEmbedding, calls: Calls) -> Embed:
+    """The model's blocking way, in another thread."""
+
+    async def embed(texts: list[str]) -> list[list[float]]:
+        return await calls.call(model.get_text_embedding_batch, texts)
+
+    return embed
+
+
+def texts_per_call(model: BaseEmbedding) -> int:
+    """How many texts a model is given at once: a few of its batches, so that embedding and writing overlap."""
+    return model.embed_batch_size * (model.num_workers or _BATCHES_PER_CALL)
+
+
+async def embed_nodes(nodes: Sequence[BaseNode], embed: Embed) -> dict[int, Exception]:
+    """Embed nodes; what fails costs no others.
+
+    Returns:
+        The errors of the nodes that could not be embedded, by their places.
+    """
+    texts = [node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
+    errors: dict[int, Exception] = {}
+    refusals = 0
+    waiting = [range(len(texts))] if texts else []
+    while waiting:
+        places = waiting.pop()
+        try:
+            embeddings = await embed([texts[place] for place in places])
+            if len(embeddings) != len(places):
+                raise ValueError(f"the embedding model gave {len(embeddings)} vectors for {len(places)} texts")
+        except Exception as error:
+            if len(places) == 1:
+                refusals += 1
+                errors[places[0]] = error
+            elif refusals >= _REFUSALS:
+                errors.update(dict.fromkeys(places, error))
+            else:
+                middle = len(places) // 2
+                waiting += [places[middle:], places[:middle]]
+            continue
+        refusals = 0
+        for place, embedding in zip(places, embeddings, strict=True):
+            set_embedding(nodes[place], embedding)
+    return errors

@@ -1,0 +1,345 @@
+"""One ingestion, run: documents are read, looked up, transformed, embedded, written and settled, at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any
+
+from llama_index.core.schema import BaseNode, Document, NodeRelationship
+
+from llama_index_milvus_async_ext._flow.stages import Stage, flow
+from llama_index_milvus_async_ext._ingest.embedding import Embed, embed_nodes, texts_per_call
+from llama_index_milvus_async_ext._ingest.item import Item
+from llama_index_milvus_async_ext._ingest.job import Embedding, Job
+from llama_index_milvus_async_ext._ingest.reading import Reading
+from llama_index_milvus_async_ext._ingest.settling import Settling
+from llama_index_milvus_async_ext._ingest.standing import record_bytes, standing
+from llama_index_milvus_async_ext._ingest.tally import Tally
+from llama_index_milvus_async_ext._ingest.transforming import Transforming
+from llama_index_milvus_async_ext._milvus.schema import ID_FIELD
+from llama_index_milvus_async_ext._store.open_store import OpenStore
+from llama_index_milvus_async_ext._store.records import Records
+from llama_index_milvus_async_ext._store.writing import Write
+from llama_index_milvus_async_ext.report import FailedNode, WriteReport
+
+_WEIGHT_CHARS = 16_384  # a document of more text weighs more than one that is looked up
+_WRITES_AT_ONCE = 4
+
+
+class Ingestion:
+    """A run of a job.
+
+    Args:
+        job: What is to be done.
+        store: Where the nodes go.
+        port, connected: The caller's way, and the store's connection, on which this call has begun.
+        reading: The stream of documents.
+        transforming: What makes nodes of documents.
+        embed: The way to each of the job's embedding models, in their order.
+        tally: What has become of the documents so far.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        store: OpenStore,
+        connected: Any,
+        port: Any,
+        reading: Reading,
+        transforming: Transforming,
+        embed: Sequence[Embed],
+        tally: Tally,
+    ) -> None:
+        self._job = job
+        self._store = store
+        self._connected = connected
+        self._port = port
+        self._reading = reading
+        self._transforming = transforming
+        self._embed = embed
+        self._tally = tally
+        self._records = Records(store, connected, port)
+        self._settling = Settling(job, self._records, tally)
+        self._is_lite = connected.endpoint.is_lite
+        self._key_name = ID_FIELD
+        self._open: dict[str, asyncio.Event] = {}  # documents that are under way, by their ids
+        self._has_warned: set[str] = set()
+
+    async def run(self, key_name: str) -> None:
+        """Do it. Whatever becomes of a document stands in the tally."""
+        self._key_name = key_name
+        await self._settling.begin()
+        await flow(self._items(), self._stages(), self._tally.stopwatch)
+        self._tally.stopwatch.seconds["read"] = self._reading.seconds
+        if self._reading.error is not None:
+            self._tally.fail(None, "read", self._reading.error)
+        elif not self._tally.gave_up:
+            with self._tally.stopwatch("delete"):
+                await self._settling.delete_missing()
+
+    # --- stages
+
+    def _stages(self) -> list[Stage]:
+        rows = self._store.batch_size
+        # Milvus Lite goes through the whole collection for each look-up, whatever it asks for.
+        looked_up = 2_000 if self._is_lite else 500
+        stages = [
+            Stage(
+                "look-up",
+                self._look_up,
+                at_once=1 if self._is_lite else 4,
+                most=looked_up,
+                least=looked_up // 2,
+                capacity=looked_up,
+                weigh=_weight_of_text,
+            )
+        ]
+        for number in range(len(self._job.steps.groups)):
+            stages.append(
+                Stage(
+                    "transform",
+                    self._transformed_by(number),
+                    at_once=self._transforming.at_once,
+                    capacity=4 * self._transforming.at_once,
+                    weigh=_weight_of_text,
+                )
+            )
+            if number < len(self._job.steps.embeddings):
+                step = self._job.steps.embeddings[number]
+                texts = texts_per_call(step.model)
+                stages.append(
+                    Stage(
+                        "embed",
+                        self._embedded_by(step, self._embed[number]),
+                        at_once=1 if step.model.num_workers else 2,
+                        most=texts,
+                        least=texts,
+                        capacity=2 * texts,
+                        weigh=_weight_of_nodes,
+                    )
+                )
+        write = Stage(
+            "write",
+            self._write,
+            at_once=_WRITES_AT_ONCE,
+            most=rows,
+            least=max(rows // 2, 1),
+            capacity=rows,
+            weigh=_weight_of_nodes,
+        )
+        settle = Stage("settle", self._settle, most=1_000, least=100, capacity=1_000)
+        return [*stages, write, settle]
+
+    async def _items(self) -> AsyncIterator[Item]:
+        """The documents of the stream, each once it is known which, and no other of its id is under way."""
+        async for element in self._reading.elements():
+            if self._tally.gave_up:
+                return
+            item = self._item(element)
+            if item is None:
+                continue
+            self._settling.see(item)
+            earlier = self._open.get(item.document_id)
+            if earlier is not None:
+                self._warn_once(
+                    f"the stream holds document {item.document_id[:80]!r} more than once: the last one counts"
+                )
+                await earlier.wait()
+            self._open[item.document_id] = asyncio.Event()
+            yield item
+
+    def _item(self, element: Any) -> Item | None:
+        document_id: str | None = None
+        try:
+            if not isinstance(element, BaseNode):
+                raise TypeError(f"the stream must hold documents, not {type(element).__name__}")
+            if self._job.document_id is not None:
+                document_id = self._job.document_id(element)
+                if not isinstance(document_id, str) or not document_id:
+                    raise TypeError(f"document_id= gave {document_id!r}; it must give a text")
+                element = element.model_copy(update={"id_": document_id})
+            elif isinstance(element, Document) and "id_" not in element.model_fields_set:
+                self._warn_once(
+                    "the documents have random ids, which LlamaIndex made up, so that each run takes them for new "
+                    "ones: give them ids that stay the same (SimpleDirectoryReader(..., filename_as_id=True)), or "
+                    "aingest a function document_id="
+                )
+            document_id = element.node_id
+            document_id.encode()  # what is not valid Unicode can't be looked up
+            return Item(element, document_id, self._job.version(element), element.hash)
+        except Exception as error:
+            self._tally.fail(document_id if isinstance(document_id, str) else None, "read", error)
+            return None
+
+    def _warn_once(self, message: str) -> None:
+        kind = message[:20]
+        if kind not in self._has_warned:
+            self._has_warned.add(kind)
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+    async def _look_up(self, items: list[Item]) -> list[Item]:
+        known = {item.document_id: item for item in items}
+        try:
+            rows = await self._records.rows_of(list(known))
+        except Exception as error:
+            return self._fail(items, "look-up", error)
+        found: dict[str, list[Any]] = {document_id: [] for document_id in known}
+        for row in rows:
+            found.setdefault(row.document_id, []).append(row)
+        changed: list[Item] = []
+        unchanged: list[Item] = []
+        for item in items:
+            item.standing = standing(found[item.document_id], item.version)
+            is_there = item.standing.is_whole or self._settling.is_duplicate(item)
+            (unchanged if is_there else changed).append(item)
+        await self._settle(unchanged)
+        return changed
+
+    def _transformed_by(self, group: int) -> Any:
+        async def transform(items: list[Item]) -> list[Item]:
+            done = []
+            for item in items:
+                if self._tally.gave_up:
+                    self._close(item)
+                    continue
+                try:
+                    nodes = item.nodes if group else [item.document]
+                    item.nodes = await self._transforming.transform(group, nodes)
+                    if group == len(self._job.steps.groups) - 1:
+                        item.nodes = [_of_document(node, item) for node in item.nodes]
+                        item.keys = [self._key_of(node) for node in item.nodes]
+                        _check_keys(item)
+                except Exception as error:
+                    self._fail([item], "transform", error)
+                else:
+                    done.append(item)
+            return done
+
+        return transform
+
+    def _embedded_by(self, step: Embedding, embed: Embed) -> Any:
+        async def work(items: list[Item]) -> list[Item]:
+            nodes = []
+            owners = []
+            for item in items:
+                if self._tally.gave_up:
+                    self._close(item)
+                    continue
+                wanted = [node for node in item.nodes if node.embedding is None or not step.only_missing]
+                nodes += wanted
+                owners += [item] * len(wanted)
+            texts = texts_per_call(step.model)
+            errors: dict[int, tuple[Item, Exception]] = {}
+            for start in range(0, len(nodes), texts):
+                some = nodes[start : start + texts]
+                failed = await embed_nodes(some, embed)
+                self._tally.texts_embedded += len(some) - len(failed)
+                for place, error in failed.items():
+                    errors.setdefault(id(owners[start + place]), (owners[start + place], error))
+            for item, error in errors.values():
+                self._fail([item], "embed", error)
+            return [item for item in items if not item.is_closed]
+
+        return work
+
+    async def _write(self, items: list[Item]) -> list[Item]:
+        taken: dict[Any, Item] = {}
+        writable = []
+        for item in items:
+            other = next((taken[key] for key in item.keys if key in taken), None)
+            if other is not None:
+                message = (
+                    f"documents {other.document_id!r} and {item.document_id!r} have nodes of the same id; "
+                    "make the document's id a part of it, in the splitter's id_func"
+                )
+                self._fail([item], "write", ValueError(message))
+                continue
+            taken.update(dict.fromkeys(item.keys, item))
+            writable.append(item)
+        nodes = [node for item in writable for node in item.nodes]
+        if not nodes:
+            return writable
+        records: list[bytes] = []
+        for item in writable:
+            records += [record_bytes(item.version, item.keys, self._job.source)] * len(item.nodes)
+        report = await Write(self._store, self._connected, self._port, nodes, records=records).run()
+        self._tally.nodes += len(report.written)
+        self._tally.retries += report.retries
+        if report.ok:
+            return writable
+        return self._without_failures(writable, report)
+
+    def _without_failures(self, items: list[Item], report: WriteReport) -> list[Item]:
+        owners = {id(node): item for item in items for node in item.nodes}
+        failed: dict[int, tuple[Item, list[FailedNode], list[FailedNode]]] = {}
+        for number, losses in enumerate((report.failed, report.unknown)):
+            for each in losses:
+                item = owners[id(each.node)]
+                entry = failed.setdefault(id(item), (item, [], []))
+                (entry[2] if number else entry[1]).append(each)
+        for item, refused, unknown in failed.values():
+            lost = {id(each.node) for each in (*refused, *unknown)}
+            written = [node.node_id for node in item.nodes if id(node) not in lost]
+            part = WriteReport(written, refused, unknown, report.retries, report.elapsed_seconds)
+            self._fail([item], "write", (*refused, *unknown)[0].error, part)
+        return [item for item in items if not item.is_closed]
+
+    async def _settle(self, items: list[Item]) -> list[Item]:
+        try:
+            await self._settling.settle(items)
+        finally:
+            for item in items:
+                self._close(item)
+        return []
+
+    # --- what is common to them
+
+    def _fail(
+        self, items: Iterable[Item], stage: str, error: BaseException, report: WriteReport | None = None
+    ) -> list[Item]:
+        for item in items:
+            self._tally.fail(item.document_id, stage, error, report)
+            self._close(item)
+        return []
+
+    def _close(self, item: Item) -> None:
+        """Nothing more is done about a document: another one of its id may come."""
+        item.is_closed = True
+        ended = self._open.pop(item.document_id, None)
+        if ended is not None:
+            ended.set()
+
+    def _key_of(self, node: BaseNode) -> Any:
+        return node.node_id if self._key_name == ID_FIELD else node.metadata.get(self._key_name)
+
+
+def _of_document(node: BaseNode, item: Item) -> BaseNode:
+    """The node as one of its document: LlamaIndex deletes a document by what its nodes say is their source."""
+    if node.ref_doc_id == item.document_id:
+        return node
+    if node is item.document:
+        node = node.model_copy()  # the caller's own
+    source = item.document.as_related_node_info()
+    node.relationships = {**node.relationships, NodeRelationship.SOURCE: source}
+    return node
+
+
+def _check_keys(item: Item) -> None:
+    places: dict[Any, int] = {}
+    for place, key in enumerate(item.keys):
+        other = places.setdefault(key, place)
+        if other != place:
+            raise ValueError(
+                f"nodes {other} and {place} of document {item.document_id!r} have the same id {str(key)[:80]!r}, and "
+                "only one of them could be stored; have the splitter's id_func give each another"
+            )
+
+
+def _weight_of_text(item: Item) -> int:
+    return 1 + item.chars // _WEIGHT_CHARS
+
+
+def _weight_of_nodes(item: Item) -> int:
+    return max(len(item.nodes), 1)

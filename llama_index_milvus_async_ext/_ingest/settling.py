@@ -1,0 +1,149 @@
+"""The last step of a document: what is stale is deleted, and LlamaIndex's docstore is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llama_index.core.ingestion import DocstoreStrategy
+from llama_index_instrumentation import get_dispatcher
+
+from llama_index_milvus_async_ext._ingest.item import Item
+from llama_index_milvus_async_ext._ingest.job import Job
+from llama_index_milvus_async_ext._ingest.tally import Tally
+from llama_index_milvus_async_ext._store.records import Records
+from llama_index_milvus_async_ext.events import MilvusIngestionEvent
+
+dispatcher = get_dispatcher(__name__)
+
+_DOCUMENTS_PER_LOOK_UP = 500
+
+
+class Settling:
+    """Settles documents whose nodes are all acknowledged, or were there before.
+
+    Args:
+        job: The ingestion.
+        records: The rows of the store's documents.
+        tally: What has become of the documents so far.
+    """
+
+    def __init__(self, job: Job, records: Records, tally: Tally) -> None:
+        self._job = job
+        self._records = records
+        self._tally = tally
+        self._seen: set[str] = set()
+        self._recorded: dict[str, str] = {}  # the docstore's documents by hash, as LlamaIndex asks for them
+        self._hashes: dict[str, str] = {}  # and the other way round
+        self._told: tuple[int, dict[str, float]] = (0, {})
+
+    @property
+    def _deletes_unrecorded(self) -> bool:
+        is_wanted = self._job.docstore_strategy == DocstoreStrategy.UPSERTS_AND_DELETE
+        return self._job.docstore is not None and is_wanted
+
+    async def begin(self) -> None:
+        """Ask the docstore what it knows, once."""
+        if self._job.docstore is not None:
+            self._recorded = dict(await self._job.docstore.aget_all_document_hashes())
+            self._hashes = {document_id: hash_ for hash_, document_id in self._recorded.items()}
+
+    def see(self, item: Item) -> None:
+        """Note that the stream holds a document."""
+        if self._job.deletes_missing or self._deletes_unrecorded:
+            self._seen.add(item.document_id)
+
+    def is_duplicate(self, item: Item) -> bool:
+        """Whether another document of the same content makes this one superfluous, as the docstore is to be used."""
+        if self._job.docstore is None or self._job.docstore_strategy != DocstoreStrategy.DUPLICATES_ONLY:
+            return False
+        other = self._recorded.setdefault(item.hash, item.document_id)
+        return other != item.document_id
+
+    async def settle(self, items: Sequence[Item]) -> None:
+        """Settle documents; one that fails to be is reported."""
+        stale = [key for item in items for key in item.standing.stale if key not in set(item.keys)]
+        try:
+            await self._records.delete(stale)
+        except Exception as error:
+            left = [item for item in items if item.standing.stale]
+            for item in left:
+                self._tally.fail(item.document_id, "delete", error)
+            items = [item for item in items if not item.standing.stale]
+        recorded = await self._record(items)
+        for item in recorded:
+            self._count(item)
+        self._tally.advance(len(recorded))
+        self._tell(recorded)
+
+    async def delete_missing(self) -> None:
+        """Delete documents that the stream, which was read to its end, did not hold."""
+        if not self._seen:  # an empty stream is more likely a mistake than an empty source
+            return
+        missing: dict[str, list[object]] = {}
+        try:
+            if self._job.deletes_missing:
+                async for rows in self._records.pages_of_source(self._job.source):
+                    for row in rows:
+                        if row.document_id not in self._seen:
+                            missing.setdefault(row.document_id, []).append(row.key)
+            if self._deletes_unrecorded:
+                unrecorded = [each for each in self._hashes if each not in self._seen and each not in missing]
+                for start in range(0, len(unrecorded), _DOCUMENTS_PER_LOOK_UP):
+                    some = unrecorded[start : start + _DOCUMENTS_PER_LOOK_UP]
+                    missing |= {document_id: [] for document_id in some}
+                    for row in await self._records.rows_of(some):
+                        missing[row.document_id].append(row.key)
+            await self._records.delete([key for keys in missing.values() for key in keys])
+        except Exception as error:
+            self._tally.fail(None, "delete", error)
+            return
+        self._tally.deleted += len(missing)
+        docstore = self._job.docstore
+        if docstore is not None:
+            try:
+                for document_id in missing:
+                    if document_id in self._hashes:
+                        await docstore.adelete_document(document_id, raise_error=False)
+            except Exception as error:
+                self._tally.fail(None, "docstore", error)
+
+    async def _record(self, items: Sequence[Item]) -> list[Item]:
+        """Tell the docstore of documents, and return those of which it was told."""
+        docstore = self._job.docstore
+        new = [item for item in items if self._hashes.get(item.document_id) != item.hash]
+        if docstore is None or not new:
+            return list(items)
+        new = [item for item in new if not self.is_duplicate(item)]
+        try:
+            for item in new:
+                if item.document_id in self._hashes:
+                    await docstore.adelete_ref_doc(item.document_id, raise_error=False)
+            await docstore.async_add_documents([item.document for item in new])
+            await docstore.aset_document_hashes({item.document_id: item.hash for item in new})
+        except Exception as error:
+            for item in new:
+                self._tally.fail(item.document_id, "docstore", error)
+            return [item for item in items if item not in new]
+        self._hashes.update((item.document_id, item.hash) for item in new)
+        return list(items)
+
+    def _count(self, item: Item) -> None:
+        if item.standing.is_whole or not (item.nodes or item.standing.is_known):
+            self._tally.unchanged += 1
+        elif item.standing.is_known:
+            self._tally.replaced += 1
+        else:
+            self._tally.added += 1
+
+    def _tell(self, items: Sequence[Item]) -> None:
+        nodes, seconds = self._told
+        now = dict(self._tally.stopwatch.seconds)
+        dispatcher.event(
+            MilvusIngestionEvent(
+                documents=len(items),
+                nodes=self._tally.nodes - nodes,
+                failed=len(self._tally.failed),
+                stage_seconds={name: value - seconds.get(name, 0.0) for name, value in now.items()},
+            )
+        )
+        self._told = (self._tally.nodes, now)

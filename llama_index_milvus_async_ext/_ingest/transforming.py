@@ -1,0 +1,136 @@
+"""From a document to its nodes: a pipeline's transformations, one document at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import multiprocessing
+import os
+import pickle
+from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import llama_index.core
+from llama_index.core.node_parser import NodeParser
+from llama_index.core.schema import BaseNode, TransformComponent
+
+_THREADS = 2  # one to work, one to wait: Python runs one at a time
+
+_of_this_process: list[Sequence[TransformComponent]] = []
+
+
+class Transforming:
+    """Runs transformations in threads, or in worker processes.
+
+    Each document goes through them alone: so what is made of it does not depend on its neighbours, and what fails,
+    fails alone.
+
+    Args:
+        groups: Transformations that follow each other, in groups between which the nodes are embedded.
+        num_workers: Worker processes; None for threads of this one.
+        awaits: Whether a transformation that has an async method of its own is awaited instead.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[TransformComponent]], num_workers: int | None, awaits: bool) -> None:
+        self.at_once = num_workers or _THREADS
+        self._groups = groups
+        self._num_workers = num_workers
+        self._awaits = awaits and not num_workers
+        self._executor: Executor | None = None
+        self._alone = asyncio.Lock()
+
+    async def transform(self, group: int, nodes: list[BaseNode]) -> list[BaseNode]:
+        """What the transformations of a group make of these nodes.
+
+        Raises:
+            Exception: Whatever one of them raises.
+            BrokenProcessPool: The worker process died of them, twice.
+        """
+        transformations = self._groups[group]
+        if self._num_workers:
+            return await self._in_process(group, nodes)
+        waiting: list[TransformComponent] = []
+        for each in transformations:
+            if not (self._awaits and _is_async(each)):
+                waiting.append(each)
+                continue
+            nodes = await self._in_thread(waiting, nodes)
+            waiting = []
+            nodes = list(await each.acall(nodes))
+        return await self._in_thread(waiting, nodes)
+
+    def close(self) -> None:
+        """Begin nothing more; what is under way is not waited for."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, transformations: Sequence[TransformComponent], nodes: list[BaseNode]) -> list[BaseNode]:
+        if not transformations:
+            return nodes
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="milvus-transform")
+        run = contextvars.copy_context().run
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, run, transformed, transformations, nodes)
+
+    async def _in_process(self, group: int, nodes: list[BaseNode]) -> list[BaseNode]:
+        executor = self._processes()
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(executor, _transformed_here, group, nodes)
+        except BrokenProcessPool:
+            pass
+        # Each document that was with the workers finds them dead, and one of them was the cause.
+        async with self._alone:
+            if self._executor is executor:
+                executor.shutdown(wait=False)
+                self._executor = None
+            with contextlib.closing(_Alone(self._new_processes(1))) as alone:
+                return await loop.run_in_executor(alone.executor, _transformed_here, group, nodes)
+
+    def _processes(self) -> Executor:
+        if self._executor is None:
+            self._executor = self._new_processes(self._num_workers or 1)
+        return self._executor
+
+    def _new_processes(self, number: int) -> ProcessPoolExecutor:
+        # Spawned, as forked ones would inherit what gRPC's threads hold.
+        pickled = pickle.dumps([list(group) for group in self._groups])
+        return ProcessPoolExecutor(
+            number, multiprocessing.get_context("spawn"), initializer=_begin_process, initargs=(pickled,)
+        )
+
+
+class _Alone:
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+
+    def close(self) -> None:
+        self.executor.shutdown(wait=False)
+
+
+def transformed(transformations: Sequence[TransformComponent], nodes: list[BaseNode]) -> list[BaseNode]:
+    """What the transformations make of these nodes, one after the other."""
+    for each in transformations:
+        nodes = list(each(nodes))
+    return nodes
+
+
+def _is_async(transformation: TransformComponent) -> bool:
+    """Whether its async method waits for something; LlamaIndex's own default, and that of splitters, only works."""
+    return type(transformation).acall is not TransformComponent.acall and not isinstance(transformation, NodeParser)
+
+
+def _begin_process(pickled_groups: bytes) -> None:
+    # A splitter that is unpickled loads its tokenizer, and asks the net for it unless this names LlamaIndex's own copy.
+    cache = Path(llama_index.core.__file__).parent / "_static" / "tiktoken_cache"
+    if cache.is_dir():
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache))
+    _of_this_process[:] = pickle.loads(pickled_groups)
+
+
+def _transformed_here(group: int, nodes: list[BaseNode]) -> list[BaseNode]:
+    return transformed(_of_this_process[group], nodes)

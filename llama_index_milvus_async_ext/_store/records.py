@@ -1,0 +1,101 @@
+"""What a collection holds of documents: looked up by their ids, or by the source they came from."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llama_index_milvus_async_ext._lane.port import Port
+from llama_index_milvus_async_ext._milvus.errors import classify
+from llama_index_milvus_async_ext._milvus.schema import PrimaryKey
+from llama_index_milvus_async_ext._milvus.session import Connected
+from llama_index_milvus_async_ext._nodes.rows import RECORD_FIELD
+from llama_index_milvus_async_ext._queries.filters import ids_expression, keys_expression, string_literal
+from llama_index_milvus_async_ext._store import calls
+from llama_index_milvus_async_ext.retry import Verdict
+
+if TYPE_CHECKING:
+    from llama_index_milvus_async_ext._store.open_store import OpenStore
+
+_ROWS_PER_PAGE = 5_000
+_STRONG = "Strong"  # what another process has just written counts
+
+
+class StoredRow(NamedTuple):
+    """A row of a document: its primary key, the document's id, and what it says of the document, if anything."""
+
+    key: Any
+    document_id: str
+    record: dict[str, Any] | None
+
+
+class Records:
+    """The rows of a store's documents.
+
+    Args:
+        store: The store.
+        connected: Its connection, on which this call has begun.
+        port: The caller's.
+    """
+
+    def __init__(self, store: OpenStore, connected: Connected, port: Port) -> None:
+        self._store = store
+        self._connected = connected
+        self._port = port
+
+    async def rows_of(self, document_ids: Sequence[str]) -> list[StoredRow]:
+        """All rows of these documents, as they are now.
+
+        Raises:
+            MilvusException: Milvus rejected the look-up, or could not be reached until the deadline.
+        """
+        if not document_ids:
+            return []
+        expression = ids_expression(self._store.doc_id_field, list(document_ids))
+        key = (await calls.schema(self._store, self._connected, self._port)).primary_key
+        try:
+            found = await self._query(expression, [key.name, self._store.doc_id_field, RECORD_FIELD])
+        except Exception as error:
+            # 2.3 servers answer with all dynamic fields of a row, the node's JSON included: too much for one answer.
+            if classify(error) is not Verdict.TOO_LARGE:
+                raise
+            if len(document_ids) > 1:
+                middle = len(document_ids) // 2
+                return [*await self.rows_of(document_ids[:middle]), *await self.rows_of(document_ids[middle:])]
+            return [row async for page in self._pages(expression, key) for row in page]
+        return self._stored(found, key)
+
+    async def pages_of_source(self, source: str) -> AsyncIterator[list[StoredRow]]:
+        """All rows that came from this source, page by page."""
+        key = (await calls.schema(self._store, self._connected, self._port)).primary_key
+        expression = f'{RECORD_FIELD}["source"] == {string_literal(source)}'
+        async for page in self._pages(expression, key):
+            yield page
+
+    async def delete(self, keys: Sequence[Any]) -> None:
+        """Delete rows by their primary keys."""
+        if not keys:
+            return
+        key = (await calls.schema(self._store, self._connected, self._port)).primary_key
+        collection = self._store.collection_name
+        for some in calls.slices(list(keys)):
+            delete = calls.delete(collection, keys_expression(key, some), None, {})
+            await calls.call(self._store, self._connected, self._port, delete, changes=True)
+
+    async def _query(self, expression: str, fields: list[str]) -> list[dict[str, Any]]:
+        query = calls.query(self._store.collection_name, expression, None, fields, consistency_level=_STRONG)
+        return await calls.call(self._store, self._connected, self._port, query)
+
+    async def _pages(self, expression: str, key: PrimaryKey) -> AsyncIterator[list[StoredRow]]:
+        fields = [key.name, self._store.doc_id_field, RECORD_FIELD]
+        pages = calls.pages(self._store.collection_name, expression, fields, _ROWS_PER_PAGE, consistency_level=_STRONG)
+        while found := await calls.call(self._store, self._connected, self._port, pages):
+            yield self._stored(found, key)
+
+    def _stored(self, found: Sequence[dict[str, Any]], key: PrimaryKey) -> list[StoredRow]:
+        name = self._store.doc_id_field
+        rows = []
+        for item in found:
+            record = item.get(RECORD_FIELD)
+            rows.append(StoredRow(item[key.name], item.get(name, ""), record if isinstance(record, dict) else None))
+        return rows

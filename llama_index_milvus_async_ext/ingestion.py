@@ -176,10 +176,6 @@ async def _run(
                 run = Ingestion(job, store, connected, port, reading, transforming, embed, tally)
                 await run.run(schema.primary_key.name)
         return tally.report()
-    except BaseException as interruption:
-        if not isinstance(interruption, GeneratorExit):
-            interruption.report = tally.report()  # type: ignore[attr-defined]
-        raise
     finally:
         transforming.close()
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import copy
-import time
 import uuid
-from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -19,25 +16,17 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index_instrumentation import get_dispatcher
 from tqdm import tqdm
 
-from llama_index_milvus_async_ext._lane.items import CancelledCallError
+from llama_index_milvus_async_ext._flow.threads import WaitingThread
+from llama_index_milvus_async_ext._ingest.embed_and_write import EmbedAndWrite
+from llama_index_milvus_async_ext._ingest.embedding import Embed, awaiting, blocking
 from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
 from llama_index_milvus_async_ext._milvus.session import Connected
-from llama_index_milvus_async_ext._store.parts import HandedOver, Part
-from llama_index_milvus_async_ext._store.writing import PendingWrite
-from llama_index_milvus_async_ext.report import FailedNode, WriteReport
+from llama_index_milvus_async_ext.report import WriteReport
 from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
 
 dispatcher = get_dispatcher(__name__)
-
-_NODES_PER_PART = 2_000
-# Two parts of two batches are with the model at once: it begins on one while the other's outcome is dealt with.
-_PARTS_AT_ONCE = 2
-_EMBED_BATCHES_PER_PART = 2
-# Of the event loop: enough for a new task to begin, for what it submits to cross to the I/O thread (3), and for what a
-# model that blocks the loop has embedded to come out of LlamaIndex's tasks (4).
-_TURNS = 8
 
 
 class AsyncMilvusWriter(TransformComponent):
@@ -57,6 +46,8 @@ class AsyncMilvusWriter(TransformComponent):
         on_failure: "raise" writes all that can be written, then raises `WriteError`; "collect" raises for no node, and
             leaves the outcome in `last_report`.
         show_progress: Whether to show a progress bar.
+        replace_documents: Whether to delete, once all nodes of a document are acknowledged, those that it had in the
+            collection before: no chunk of a longer version stays behind. For whole corpora there is `aingest`.
 
     Raises:
         WriteError: With `on_failure="raise"`, if any node was not written; it carries the report.
@@ -68,6 +59,9 @@ class AsyncMilvusWriter(TransformComponent):
     )
     on_failure: Literal["raise", "collect"] = Field(default="raise", description="What to do about unwritten nodes.")
     show_progress: bool = Field(default=False, description="Whether to show a progress bar.")
+    replace_documents: bool = Field(
+        default=False, description="Whether the earlier nodes of the documents in hand are deleted."
+    )
 
     _last_report: WriteReport | None = PrivateAttr(default=None)
 
@@ -77,6 +71,7 @@ class AsyncMilvusWriter(TransformComponent):
         embed_model: EmbedType | None = None,
         on_failure: Literal["raise", "collect"] = "raise",
         show_progress: bool = False,
+        replace_documents: bool = False,
         **kwargs: Any,
     ) -> None:
         if not isinstance(vector_store, MilvusVectorStore):
@@ -89,6 +84,7 @@ class AsyncMilvusWriter(TransformComponent):
             embed_model=resolve_embed_model(embed_model) if embed_model is not None else None,
             on_failure=on_failure,
             show_progress=show_progress,
+            replace_documents=replace_documents,
             **kwargs,
         )
 
@@ -104,32 +100,13 @@ class AsyncMilvusWriter(TransformComponent):
 
     @dispatcher.span
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Write nodes, blocking; see the class."""
+        """Write nodes, blocking; see the class. The embedding model's blocking method is called, in this thread."""
         connected = self.vector_store.live()
-        with connected.held(ThreadPort()):
-            return self._written(connected, nodes)
-
-    def _written(self, connected: Connected, nodes: Sequence[BaseNode]) -> Sequence[BaseNode]:
-        started = time.perf_counter()
-        handed_over = HandedOver(self._least_nodes())
-        pending: list[PendingWrite] = []
-        try:
-            with self._bar(nodes) as bar, self._taking_turns():
-                for part in self._parts(nodes):
-                    part.embed_with(self._embed)
-                    ready = handed_over.ready_after(part, all(written.done() for written in reversed(pending)))
-                    if ready is not None:
-                        pending.append(PendingWrite(self.vector_store, connected, ready.nodes))
-                        pending[-1].begin()
-                for written, ready in zip(pending, handed_over.parts, strict=True):
-                    ready.finish(written)
-                    bar.update(len(ready.nodes))
-        except BaseException as interruption:
-            for written, ready in zip(pending, handed_over.parts, strict=False):
-                ready.report = ready.report or written.cancel()
-            interruption.report = self._note_interrupted(nodes, handed_over.parts, started)  # type: ignore[attr-defined]
-            raise
-        return self._finish(nodes, handed_over.parts, started)
+        with connected.held(ThreadPort()), self._call(connected, nodes) as call:
+            here = WaitingThread()
+            embed = blocking(self.embed_model, here) if self.embed_model is not None else None
+            here.run(lambda _: _on_this_loop(call, embed))
+        return self._finish(nodes)
 
     @dispatcher.span
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
@@ -138,112 +115,30 @@ class AsyncMilvusWriter(TransformComponent):
         If the call is cancelled, `last_report` tells what became of each node.
         """
         connected, port = self.vector_store.live(), LoopPort.current()
-        with connected.held(port):
-            return await self._awritten(connected, port, nodes)
+        with connected.held(port), self._call(connected, nodes) as call:
+            await call.run(port, awaiting(self.embed_model) if self.embed_model is not None else None)
+        return self._finish(nodes)
 
-    async def _awritten(self, connected: Connected, port: LoopPort, nodes: Sequence[BaseNode]) -> Sequence[BaseNode]:
-        started = time.perf_counter()
-        handed_over = HandedOver(self._least_nodes())
-        pending: list[asyncio.Task[None]] = []
-        try:
-            with self._bar(nodes) as bar:
-                with self._taking_turns():
-                    async with contextlib.aclosing(self._aembedded(self._parts(nodes))) as embedded:
-                        async for part in embedded:
-                            ready = handed_over.ready_after(part, all(task.done() for task in reversed(pending)))
-                            if ready is not None:
-                                write = ready.awrite(self.vector_store, connected, port)
-                                pending.append(asyncio.create_task(write))
-                                pending[-1].add_done_callback(ready.counted_on(bar))
-                                await _turns()  # before an embedding model may block this loop
-                await asyncio.gather(*pending)
-        except BaseException as interruption:
-            for task in pending:
-                task.cancel()
-            await _all_ended(pending)
-            interruption.report = self._note_interrupted(nodes, handed_over.parts, started)  # type: ignore[attr-defined]
-            raise
-        return self._finish(nodes, handed_over.parts, started)
-
-    async def _aembedded(self, parts: list[Part]) -> AsyncGenerator[Part, None]:
-        """The parts in their order, each once it is embedded; the next one is with the model by then."""
-        at_once = 1 if self.embed_model is None or self.embed_model.num_workers else _PARTS_AT_ONCE
-        waiting = deque(parts)
-        embedding: deque[tuple[Part, asyncio.Task[None]]] = deque()
-        try:
-            while waiting or embedding:
-                while waiting and len(embedding) < at_once:
-                    part = waiting.popleft()
-                    embedding.append((part, asyncio.create_task(part.aembed_with(self._aembed))))
-                    await _turns()
-                    if embedding[0][1].done():  # the model blocks the loop: first hand over what it has embedded
-                        break
-                part, task = embedding.popleft()
-                await task
-                yield part
-        finally:
-            for _, task in embedding:
-                task.cancel()
-            await asyncio.gather(*(task for _, task in embedding), return_exceptions=True)
-
-    def _note(self, parts: Sequence[Part], started: float) -> WriteReport:
-        """What is known of the parts, kept as the last report."""
-        known = [part.explained() for part in parts if part.report is not None]
-        self._last_report = WriteReport.merged(known, time.perf_counter() - started)
-        return self._last_report
-
-    def _note_interrupted(self, nodes: Sequence[BaseNode], parts: Sequence[Part], started: float) -> WriteReport:
-        """What is known of the parts; what was not handed to the store was not written."""
-        known = [part for part in parts if part.report is not None]
-        report = self._note(known, started)
-        error = CancelledCallError("the call was interrupted before this was sent")
-        rest = nodes[sum(len(part.nodes) for part in known) :]
-        report.failed.extend(FailedNode(node, error, 0, True) for node in rest)
-        return report
-
-    def _finish(self, nodes: Sequence[BaseNode], parts: Sequence[Part], started: float) -> Sequence[BaseNode]:
-        report = self._note(parts, started)
-        if self.on_failure == "raise":
-            report.raise_for_failures()
-        return nodes
-
-    def _parts(self, nodes: Sequence[BaseNode]) -> list[Part]:
-        """Cut the nodes into parts, each of a few embedding batches, so that embedding and writing overlap."""
-        if self.embed_model is None:
-            size = _NODES_PER_PART if self.show_progress else max(len(nodes), 1)
-            return [Part(list(nodes[start : start + size]), []) for start in range(0, len(nodes), size)]
-        concurrent = self.embed_model.num_workers or _EMBED_BATCHES_PER_PART
-        most_missing = self.embed_model.embed_batch_size * concurrent
-        parts = [Part([], [])]
-        for node in nodes:
-            if len(parts[-1].missing) >= most_missing or len(parts[-1].nodes) >= _NODES_PER_PART:
-                parts.append(Part([], []))
-            parts[-1].nodes.append(node)
-            if node.embedding is None:
-                parts[-1].missing.append(node)
-        parts[-1].is_last = True
-        return parts
-
-    def _least_nodes(self) -> int:
-        """Nodes that are worth a request while others are under way."""
-        # Half a full one: with whole ones the server has less to do while the model works, and more at the end (both
-        # together took 5 to 8 % longer).
-        return 1 if self.embed_model is None else max(self.vector_store.batch_size // 2, 1)
-
-    def _embed(self, texts: list[str]) -> list[list[float]]:
-        assert self.embed_model is not None
-        return self.embed_model.get_text_embedding_batch(texts)
-
-    async def _aembed(self, texts: list[str]) -> list[list[float]]:
-        assert self.embed_model is not None
-        return await self.embed_model.aget_text_embedding_batch(texts)
-
-    def _taking_turns(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.embed_model is None else IoThread.get().taking_turns()
-
-    def _bar(self, nodes: Sequence[BaseNode]) -> Any:
+    @contextlib.contextmanager
+    def _call(self, connected: Connected, nodes: Sequence[BaseNode]) -> Iterator[EmbedAndWrite]:
+        """A call, whose report is kept however it ends."""
+        turns = IoThread.get().taking_turns() if self.embed_model is not None else contextlib.nullcontext()
         what = "Embedding and writing" if self.embed_model is not None else "Writing"
-        return tqdm(total=len(nodes), desc=f"{what} to Milvus", unit="node", disable=not self.show_progress)
+        with tqdm(total=len(nodes), desc=f"{what} to Milvus", unit="node", disable=not self.show_progress) as bar:
+            store, model, replaces = self.vector_store, self.embed_model, self.replace_documents
+            call = EmbedAndWrite(store, connected, nodes, model, replaces, bar)
+            try:
+                with turns:
+                    yield call
+            except BaseException as interruption:
+                interruption.report = self._last_report = call.report()  # type: ignore[attr-defined]
+                raise
+            self._last_report = call.report()
+
+    def _finish(self, nodes: Sequence[BaseNode]) -> Sequence[BaseNode]:
+        if self.on_failure == "raise" and self._last_report is not None:
+            self._last_report.raise_for_failures()
+        return nodes
 
     # --- copies and descriptions
 
@@ -258,10 +153,13 @@ class AsyncMilvusWriter(TransformComponent):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # pydantic's way would drop, without a word, what does not pickle.
-        return (type(self), (self.vector_store, self.embed_model, self.on_failure, self.show_progress))
+        return (type(self), (self.vector_store, *self._settings()))
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> AsyncMilvusWriter:
-        return type(self)(copy.deepcopy(self.vector_store), self.embed_model, self.on_failure, self.show_progress)
+        return type(self)(copy.deepcopy(self.vector_store), *self._settings())
+
+    def _settings(self) -> tuple[Any, ...]:
+        return (self.embed_model, self.on_failure, self.show_progress, self.replace_documents)
 
     def __repr_args__(self) -> Any:
         # An embedding model's own repr may show its API key.
@@ -271,16 +169,5 @@ class AsyncMilvusWriter(TransformComponent):
         yield "on_failure", self.on_failure
 
 
-async def _all_ended(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Wait for cancelled tasks, also if this one is cancelled again and again."""
-    while not all(task.done() for task in tasks):
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait(tasks)
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()  # looked at: the first one has been raised
-
-
-async def _turns() -> None:
-    for _ in range(_TURNS):
-        await asyncio.sleep(0)
+async def _on_this_loop(call: EmbedAndWrite, embed: Embed | None) -> None:
+    await call.run(LoopPort.current(), embed)

@@ -22,7 +22,9 @@ from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 from pymilvus import MilvusClient
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy, WriteReport
+from llama_index_milvus_async_ext._flow.threads import WaitingThread
 from llama_index_milvus_async_ext._lane.items import CancelledCallError
+from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._lane.thread_port import Voyage
 from tests import programs
 from tests.conftest import MakeNodes
@@ -495,7 +497,7 @@ def ctrl_c_once(condition: Callable[[], bool]) -> contextlib.AbstractContextMana
     main = threading.main_thread().ident or 0
 
     def is_due() -> bool:
-        return sys._current_frames()[main].f_code is Voyage.wait.__code__ and condition()
+        return sys._current_frames()[main].f_code in (Voyage.wait.__code__, WaitingThread.run.__code__) and condition()
 
     def press() -> None:
         for _ in range(2):  # in case it had only just begun to wait
@@ -583,22 +585,24 @@ def test_ctrl_c_as_a_writer_hands_a_part_over_leaves_nothing_behind(
     for node in nodes if embeds else ():
         node.embedding = None
     proxy.script(Drop(), method=WRITES)
-    begin = Voyage.begin
+    send = LoopPort._send
 
-    def press(voyage: Voyage) -> None:
-        monkeypatch.setattr(Voyage, "begin", begin)
+    def press(port: LoopPort, function: Callable[[], object]) -> None:
+        monkeypatch.setattr(LoopPort, "_send", send)
         if moment == "as it is sent":
-            begin(voyage)
-        raise KeyboardInterrupt
+            send(port, function)
+        press_ctrl_c()
+        if moment == "before it is sent":
+            send(port, function)
 
-    monkeypatch.setattr(Voyage, "begin", press)
+    monkeypatch.setattr(LoopPort, "_send", press)
     writer = AsyncMilvusWriter(store, HashEmbedding(dim=DIM, embed_batch_size=10, num_workers=1) if embeds else None)
-    with pytest.raises(KeyboardInterrupt) as pressed:
+    with pytest.raises(KeyboardInterrupt) as pressed, beside(lambda: None):
         writer(nodes)
     assert WriteReport.of(pressed.value) is writer.last_report
     assert writer.last_report is not None and ids_in(writer.last_report) == sorted(node.node_id for node in nodes)
     blocked_until(lambda: store.statistics().waiting == 0)
-    assert len(proxy.requests_of(*WRITES)) <= (moment == "as it is sent")
+    assert len(proxy.requests_of(*WRITES)) <= 1
 
 
 def check_the_first_ten_are_written(report: WriteReport | None, nodes: list[Any]) -> None:

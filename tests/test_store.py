@@ -29,7 +29,6 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus import DataType, MilvusClient
 from pymilvus.exceptions import MilvusException
 
-import llama_index_milvus_async_ext as package
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy, WriteError
 from tests.conftest import Backend, MakeNodes
 
@@ -86,18 +85,6 @@ def count(store: AsyncMilvusVectorStore) -> int:
 
 
 # --- what is public
-
-
-def test_public_names() -> None:
-    assert sorted(package.__all__) == [
-        "AsyncMilvusRetriever",
-        "AsyncMilvusVectorStore",
-        "AsyncMilvusWriter",
-        "FailedNode",
-        "RetryPolicy",
-        "WriteError",
-        "WriteReport",
-    ]
 
 
 def test_every_upstream_argument_is_taken_in_its_place() -> None:

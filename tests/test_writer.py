@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import io
+import json
 import pickle
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
-from llama_index.core.schema import BaseNode, MetadataMode, TextNode
+from llama_index.core.schema import BaseNode, Document, MetadataMode, TextNode
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index.vector_stores.milvus.utils import BaseSparseEmbeddingFunction
 from llama_index_instrumentation import get_dispatcher
@@ -23,7 +25,6 @@ from llama_index_instrumentation.event_handlers import BaseEventHandler
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, WriteError, WriteReport
 from llama_index_milvus_async_ext._lane.thread import IoThread
-from llama_index_milvus_async_ext._store.parts import HandedOver, Part
 from llama_index_milvus_async_ext.events import MilvusWriteEvent
 from tests.conftest import Backend, MakeNodes
 from tests.corpus import documents
@@ -178,28 +179,6 @@ async def test_a_write_that_is_cancelled_while_it_embeds_leaves_nothing_running(
     assert set(report.written) <= stored(store, nodes)
 
 
-def test_small_parts_are_gathered_while_others_are_being_written() -> None:
-    handed_over = HandedOver(least_nodes=5)
-    numbers = iter(range(100))
-
-    def part(size: int, is_last: bool = False) -> Part:
-        return Part([TextNode(id_=str(next(numbers))) for _ in range(size)], [], is_last=is_last)
-
-    def ready(size: int, is_idle: bool, is_last: bool = False) -> list[str]:
-        found = handed_over.ready_after(part(size, is_last), is_idle)
-        return [node.node_id for node in found.nodes] if found is not None else []
-
-    assert ready(2, is_idle=True) == ["0", "1"], "nothing is under way: at once"
-    assert ready(2, is_idle=False) == []
-    assert ready(2, is_idle=False) == []
-    assert ready(2, is_idle=False) == ["2", "3", "4", "5", "6", "7"], "enough for a request"
-    assert ready(1, is_idle=False) == []
-    assert ready(1, is_idle=True) == ["8", "9"]
-    assert ready(1, is_idle=False) == []
-    assert ready(1, is_idle=False, is_last=True) == ["10", "11"]
-    assert [len(part.nodes) for part in handed_over.parts] == [2, 6, 2, 2]
-
-
 @pytest.mark.parametrize("is_async", [False, True])
 def test_failures_are_raised_or_collected(store: AsyncMilvusVectorStore, make_nodes: MakeNodes, is_async: bool) -> None:
     nodes = make_nodes(20, dim=DIM)
@@ -226,7 +205,7 @@ class HalfBrokenEmbedding(HashEmbedding):
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_an_embedding_failure_costs_only_its_part(
+def test_a_text_that_the_model_refuses_fails_alone(
     store: AsyncMilvusVectorStore, make_nodes: MakeNodes, is_async: bool
 ) -> None:
     nodes = make_nodes(30, dim=DIM)
@@ -241,9 +220,61 @@ def test_an_embedding_failure_costs_only_its_part(
         writer(nodes)
     report = writer.last_report
     assert report is not None
-    assert [f.node for f in report.failed] == nodes[20:]
+    assert [f.node for f in report.failed] == [nodes[25]]
     assert all("choked" in str(f.error) and f.retryable for f in report.failed)
-    assert len(report.written) == 20
+    assert len(report.written) == 29
+
+
+def documents_of(store: AsyncMilvusVectorStore, *document_ids: str) -> dict[str, list[str]]:
+    """The ids of the nodes that the collection holds of documents."""
+    found: dict[str, list[str]] = {document_id: [] for document_id in document_ids}
+    expression = f"doc_id in {json.dumps(document_ids)}"
+    rows = store.client.query(
+        store.collection_name, filter=expression, output_fields=["id", "doc_id"], consistency_level="Strong"
+    )
+    for row in rows:
+        found[row["doc_id"]].append(row["id"])
+    return {document_id: sorted(ids) for document_id, ids in found.items()}
+
+
+@pytest.mark.parametrize("run", [IngestionPipeline.run, run_in_loop])
+def test_with_replace_documents_no_chunk_of_an_earlier_version_stays(
+    store: AsyncMilvusVectorStore, run: Callable[..., Any]
+) -> None:
+    changed, other = uuid.uuid4().hex, uuid.uuid4().hex
+    model = HashEmbedding(dim=DIM)
+    writer = AsyncMilvusWriter(store, embed_model=model, replace_documents=True)
+    pipeline = IngestionPipeline(transformations=[SentenceSplitter(chunk_size=20, chunk_overlap=0), writer])
+    text = " ".join(f"Sentence number {number} of this text." for number in range(20))
+    first = run(pipeline, documents=[Document(text=text, id_=changed), Document(text=text, id_=other)])
+    second = run(pipeline, documents=[Document(text=text[:60], id_=changed)])
+    assert len(second) < len(first) / 2
+    assert documents_of(store, changed, other) == {
+        changed: sorted(node.node_id for node in second),
+        other: sorted(node.node_id for node in first if node.ref_doc_id == other),
+    }
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_is_written_again_and_what_could_not_be_replaced_stay(
+    store: AsyncMilvusVectorStore, make_nodes: MakeNodes, is_async: bool
+) -> None:
+    nodes = make_nodes(30, dim=DIM)  # of three documents
+    store.add(nodes)
+    again = [node.model_copy() for node in nodes[5:8] + nodes[10:13]]
+    again[-1].embedding = [0.5]  # of another dimension: the second document can't be replaced
+    writer = AsyncMilvusWriter(store, on_failure="collect", replace_documents=True)
+    if is_async:
+        asyncio.run(writer.acall(again))
+    else:
+        writer(again)
+    assert writer.last_report is not None and len(writer.last_report.failed) == 1
+    one, two, three = (nodes[place].ref_doc_id or "" for place in (0, 10, 20))
+    assert documents_of(store, one, two, three) == {
+        one: sorted(node.node_id for node in nodes[5:8]),
+        two: sorted(node.node_id for node in nodes[10:20]),
+        three: sorted(node.node_id for node in nodes[20:]),
+    }
 
 
 async def test_a_cancelled_write_leaves_a_report_of_every_node(

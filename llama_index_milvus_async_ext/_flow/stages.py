@@ -125,46 +125,55 @@ class _Entrance:
                 waiter.set_result(None)
 
 
-class _Turns:
-    """Lets the batches of an ordered stage out one after the other."""
+class _Turn:
+    """The turn of a batch to be handed on, in an ordered stage after those before it."""
 
-    def __init__(self) -> None:
-        self._taken = 0
-        self._out: dict[int, asyncio.Event] = {-1: asyncio.Event()}
-        self._out[-1].set()
+    def __init__(self, earlier: _Turn | None) -> None:
+        self._earlier = earlier
+        self._is_over = asyncio.Event()
 
-    def take(self) -> int:
-        number, self._taken = self._taken, self._taken + 1
-        self._out[number] = asyncio.Event()
-        return number
+    async def comes(self) -> None:
+        if self._earlier is not None:
+            await self._earlier._is_over.wait()
+            self._earlier = None
 
-    async def until_earlier_ones_are_out(self, number: int) -> None:
-        await self._out[number - 1].wait()
-        del self._out[number - 1]
-
-    def is_out(self, number: int) -> None:
-        self._out[number].set()
+    def ends(self) -> None:
+        self._is_over.set()
 
 
 async def _work(entrance: _Entrance, following: _Entrance | None, stopwatch: Stopwatch) -> None:
     stage = entrance.stage
-    turns = _Turns()
+    last: _Turn | None = None
+    beginning = asyncio.Lock()
+
+    async def work_on(batch: list[Any]) -> Iterable[Any]:
+        try:
+            with stopwatch(stage.name):
+                return await stage.work(batch)
+        finally:
+            entrance.end()
 
     async def worker() -> None:
-        while batch := await entrance.take():
-            number = turns.take()
-            try:
-                await _some_turns()  # before the work may block this loop: others first hand on what they have
-                with stopwatch(stage.name):
-                    made = await stage.work(batch)
-            finally:
-                entrance.end()
-            if stage.ordered:
-                await turns.until_earlier_ones_are_out(number)
+        nonlocal last
+        while True:
+            async with beginning:
+                await _some_turns()  # work may block this loop: before that, others hand on what they have
+                batch = await entrance.take()
+                if not batch:
+                    return
+                last = turn = _Turn(last if stage.ordered else None)
+                task = asyncio.ensure_future(work_on(batch))
+                try:
+                    await _some_turns()  # and if it does, what it has made is handed on before the next begins
+                except BaseException:
+                    await _cancelled([task])
+                    raise
+            made = await task
+            await turn.comes()
             if following is not None:
                 for item in made:
                     await following.put(item)
-            turns.is_out(number)
+            turn.ends()
 
     await _together(*(worker() for _ in range(stage.at_once)))
     if following is not None:
@@ -177,14 +186,14 @@ async def _together(*coroutines: Coroutine[Any, Any, None]) -> None:
     try:
         await asyncio.gather(*tasks)
     except BaseException:
-        for task in tasks:
-            task.cancel()
-        await all_ended(tasks)
+        await _cancelled(tasks)
         raise
 
 
-async def all_ended(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    """Wait for cancelled tasks, also if this one is cancelled again and again."""
+async def _cancelled(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    """Cancel tasks and wait for them, also if this one is cancelled again and again."""
+    for task in tasks:
+        task.cancel()
     while not all(task.done() for task in tasks):
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait(tasks)

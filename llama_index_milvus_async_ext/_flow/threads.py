@@ -107,8 +107,7 @@ class WaitingThread:
     def run(self, make: Callable[[WaitingThread], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine to its end, in a copy of this thread's context.
 
-        If this is interrupted, by Ctrl-C, the coroutine is cancelled first; the interruption gets the `report` of the
-        cancellation, if it has one.
+        If this is interrupted, by Ctrl-C, the coroutine is cancelled, and has ended, before the interruption is raised.
         """
         here = threading.current_thread()
         # Python's exit waits for the loop as long as it waits for who waits for the loop.
@@ -119,10 +118,8 @@ class WaitingThread:
         try:
             while (call := self._calls.get()) is not None:
                 call.make()
-        except BaseException as interruption:
+        except BaseException:
             self._cancel(beside)
-            if hasattr(self._error, "report"):
-                interruption.report = self._error.report  # type: ignore[attr-defined, union-attr]
             raise
         beside.join()
         if self._error is not None:

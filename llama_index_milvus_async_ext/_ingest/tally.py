@@ -34,10 +34,15 @@ class Tally:
     @classmethod
     @contextlib.contextmanager
     def shown(cls, show_progress: bool, documents: object, max_failures: int | None) -> Iterator[Tally]:
-        """A tally whose progress bar is shown, if it is to be."""
+        """A tally whose progress bar is shown, if it is to be; what interrupts the run carries the report so far."""
         total = len(documents) if hasattr(documents, "__len__") else None
         with tqdm(total=total, desc="Ingesting into Milvus", unit="document", disable=not show_progress) as bar:
-            yield cls(bar, max_failures)
+            tally = cls(bar, max_failures)
+            try:
+                yield tally
+            except BaseException as interruption:
+                interruption.report = tally.report()  # type: ignore[attr-defined]
+                raise
 
     @property
     def gave_up(self) -> bool:

@@ -15,8 +15,7 @@ from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext._lane.items import CancelledCallError, Failure, Submission
 from llama_index_milvus_async_ext._lane.journey import Request
-from llama_index_milvus_async_ext._lane.port import Port, run
-from llama_index_milvus_async_ext._lane.thread_port import ThreadPort, Voyage
+from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus.errors import SchemaChangedError, SchemaMismatchError, classify, fresh
 from llama_index_milvus_async_ext._milvus.schema import Schema
 from llama_index_milvus_async_ext._milvus.session import Connected
@@ -79,16 +78,16 @@ class Write:
     async def run(self) -> WriteReport:
         """Write, and report; raises for no node."""
         try:
-            request = await self.prepare()
+            request = await self._prepare()
             if request is not None:
                 submission, *_ = await self._port.submit(request)
-                self.record(submission)
-            return await self.conclude()
+                self._record(submission)
+            return await self._conclude()
         except BaseException as interruption:
-            self.interrupt(interruption)
+            self._interrupt(interruption)
             raise
 
-    async def prepare(self) -> Request | None:
+    async def _prepare(self) -> Request | None:
         """What is to be submitted; None if that is nothing."""
         store = self._store
         encoder = store.sparse_encoder
@@ -124,7 +123,7 @@ class Write:
         self._has_outcomes = True
         return Request(endpoint.shell, lane, values, keys)
 
-    def record(self, submission: Submission[Any]) -> None:
+    def _record(self, submission: Submission[Any]) -> None:
         """Take the outcomes of what was submitted."""
         without = submission.unsettled_indices() if submission.remaining else set()  # an interruption may not wait
         failed = sorted(without.union(submission.failed_indices()))
@@ -142,13 +141,13 @@ class Write:
                 failure = replace(failure, attempts=attempts, ambiguous=ambiguous)
             self._failures[places[index]] = failure
 
-    async def conclude(self) -> WriteReport:
+    async def _conclude(self) -> WriteReport:
         """Try once more what did not fit the schema, flush, and report."""
         if self._failures:
             await self._submit_again()
         if self._force_flush:
             await calls.call(self._store, self._connected, self._port, calls.flush(self._store.collection_name))
-        report = self.report()
+        report = self._report()
         self._tell(report)
         return report
 
@@ -167,32 +166,29 @@ class Write:
         may_be_there = any(self._failures[place].ambiguous for place in refused)
         self._schema, self._places = now, sorted(refused)
         submission, *_ = await self._port.submit(self._request(now, upsert=may_be_there or None))
-        self.record(submission)
+        self._record(submission)
 
     def _fail_others(self, failure: Failure) -> None:
         self._failures = dict.fromkeys(range(len(self._nodes)), failure) | self._failures
         self._has_outcomes = True
 
-    def interrupt(self, interruption: BaseException) -> None:
-        """Give the report to what interrupted the write."""
-        if not isinstance(interruption, GeneratorExit):  # of that, nobody is told
-            interruption.report = self.give_up(getattr(interruption, "submissions", ()))  # type: ignore[attr-defined]
-
-    def give_up(self, submissions: Sequence[Submission[Any]]) -> WriteReport:
-        """The report of a write that goes no further: what did not come is not known, and the rest was not sent."""
-        for submission in submissions:
+    def _interrupt(self, interruption: BaseException) -> None:
+        """Give what interrupted the write its report: what did not come is not known, and the rest was not sent."""
+        if isinstance(interruption, GeneratorExit):  # of that, nobody is told
+            return
+        for submission in getattr(interruption, "submissions", ()):
             if submission.lane.kind == "rows":
-                self.record(submission)
+                self._record(submission)
         self._failures |= dict.fromkeys(self._open_places, _lost())
         self._open_places = ()
         if not self._has_outcomes:
             error = CancelledCallError("the call was interrupted before this was sent")
             self._fail_others(Failure(error, 0, True, False))
-        report = self.report()
+        report = self._report()
         self._tell(report)
-        return report
+        interruption.report = report  # type: ignore[attr-defined]
 
-    def report(self) -> WriteReport:
+    def _report(self) -> WriteReport:
         """What has become of each node."""
         failures = self._failures
         written = [key for place, key in enumerate(self._keys) if place not in failures] if failures else self._keys
@@ -234,43 +230,6 @@ async def write(
     """Write nodes, and report what became of each."""
     partition = options.get("milvus_partition_name") or ""
     return await Write(store, connected, port, nodes, partition, options.get("force_flush", False)).run()
-
-
-class PendingWrite:
-    """A write that a thread begins, and whose report it asks for later; whatever interrupts it, it can be cancelled."""
-
-    def __init__(self, store: OpenStore, connected: Connected, nodes: Sequence[BaseNode]) -> None:
-        self._port = ThreadPort()
-        self._write = Write(store, connected, self._port, nodes)
-        self._voyage: Voyage | None = None
-
-    def begin(self) -> None:
-        """Send it."""
-        request = run(self._write.prepare())
-        if request is not None:
-            self._voyage = self._port.prepare(request)
-            self._voyage.begin()
-
-    def done(self) -> bool:
-        """Whether the outcomes are there."""
-        return self._voyage is None or self._voyage.has_arrived
-
-    def result(self) -> WriteReport:
-        """Block until they are, and report them; what interrupts this carries the report."""
-        try:
-            if self._voyage is not None:
-                submission, *_ = self._voyage.wait()
-                self._voyage = None
-                self._write.record(submission)
-            return run(self._write.conclude())
-        except BaseException as interruption:
-            self._write.interrupt(interruption)
-            raise
-
-    def cancel(self) -> WriteReport:
-        """Give up on what has no outcome yet, and report."""
-        voyage, self._voyage = self._voyage, None
-        return self._write.give_up(voyage.cancel() if voyage is not None else ())
 
 
 def _lost() -> Failure:

@@ -105,13 +105,13 @@ async def aingest(
         num_workers=num_workers,
         max_failures=max_failures,
     )
-    reader = OwnThread("milvus-read")
-    try:
-        embed = [awaiting(each.model) for each in job.steps.embeddings]
-        with Tally.shown(show_progress, documents, max_failures) as tally:
-            report = await _run(job, _all_of(pipeline, documents), reader, embed, tally, awaits=True)
-    finally:
-        reader.close()
+    with (
+        contextlib.closing(OwnThread("milvus-read")) as reader,
+        contextlib.closing(OwnThread("milvus-embed")) as embedder,
+        Tally.shown(show_progress, documents, max_failures) as tally,
+    ):
+        embed = [awaiting(each.model, embedder) for each in job.steps.embeddings]
+        report = await _run(job, _all_of(pipeline, documents), reader, embed, tally, awaits=True)
     if on_failure == "raise":
         report.raise_for_failures()
     return report
@@ -145,14 +145,13 @@ def ingest(
         num_workers=num_workers,
         max_failures=max_failures,
     )
-    embedder = OwnThread("milvus-embed")
-    try:
+    with (
+        contextlib.closing(OwnThread("milvus-embed")) as embedder,
+        Tally.shown(show_progress, documents, max_failures) as tally,
+    ):
         embed = [blocking(each.model, embedder) for each in job.steps.embeddings]
-        with Tally.shown(show_progress, documents, max_failures) as tally:
-            stream = _all_of(pipeline, documents)
-            report = WaitingThread().run(lambda here: _run(job, stream, here, embed, tally, awaits=False))
-    finally:
-        embedder.close()
+        stream = _all_of(pipeline, documents)
+        report = WaitingThread().run(lambda here: _run(job, stream, here, embed, tally, awaits=False))
     if on_failure == "raise":
         report.raise_for_failures()
     return report

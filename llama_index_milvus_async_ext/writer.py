@@ -16,7 +16,7 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index_instrumentation import get_dispatcher
 from tqdm import tqdm
 
-from llama_index_milvus_async_ext._flow.threads import WaitingThread
+from llama_index_milvus_async_ext._flow.threads import OwnThread, WaitingThread
 from llama_index_milvus_async_ext._ingest.embed_and_write import EmbedAndWrite
 from llama_index_milvus_async_ext._ingest.embedding import Embed, awaiting, blocking
 from llama_index_milvus_async_ext._lane.port import LoopPort
@@ -115,8 +115,12 @@ class AsyncMilvusWriter(TransformComponent):
         If the call is cancelled, `last_report` tells what became of each node.
         """
         connected, port = self.vector_store.live(), LoopPort.current()
-        with connected.held(port), self._call(connected, nodes) as call:
-            await call.run(port, awaiting(self.embed_model) if self.embed_model is not None else None)
+        with (
+            connected.held(port),
+            self._call(connected, nodes) as call,
+            contextlib.closing(OwnThread("milvus-embed")) as aside,
+        ):
+            await call.run(port, awaiting(self.embed_model, aside) if self.embed_model is not None else None)
         return self._finish(nodes)
 
     @contextlib.contextmanager

@@ -15,6 +15,8 @@ from contextlib import redirect_stderr
 from typing import Any
 
 import pytest
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import BaseNode, Document, MetadataMode, TextNode
@@ -195,6 +197,37 @@ def test_failures_are_raised_or_collected(store: AsyncMilvusVectorStore, make_no
     assert call(collecting) == nodes
     assert collecting.last_report is not None
     assert [f.node for f in collecting.last_report.failed] == [nodes[3], nodes[9]]
+
+
+class WithoutAsync(BaseEmbedding):
+    """A model as many are written: with the blocking methods only."""
+
+    _batches: list[tuple[int, str]] = PrivateAttr(default_factory=list)
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        self._batches.append((len(texts), threading.current_thread().name))
+        return [[1.0] * DIM for _ in texts]
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        raise AssertionError("text by text")
+
+    _get_query_embedding = _get_text_embedding
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        raise NotImplementedError
+
+
+async def test_a_model_without_async_methods_gets_batches_and_leaves_the_loop_free(
+    store: AsyncMilvusVectorStore, make_nodes: MakeNodes
+) -> None:
+    nodes = make_nodes(25, dim=DIM)
+    for node in nodes:
+        node.embedding = None
+    model = WithoutAsync(embed_batch_size=10)
+    await AsyncMilvusWriter(store, embed_model=model).acall(nodes)
+    assert [size for size, _ in model._batches] == [10, 10, 5]
+    assert threading.current_thread().name not in {name for _, name in model._batches}
+    assert stored(store, nodes) == {node.node_id for node in nodes}
 
 
 class HalfBrokenEmbedding(HashEmbedding):

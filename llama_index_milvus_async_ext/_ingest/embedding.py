@@ -17,9 +17,14 @@ _REFUSALS = 3
 Embed = Callable[[list[str]], Awaitable[list[list[float]]]]
 
 
-def awaiting(model: BaseEmbedding) -> Embed:
-    """The model's async way."""
-    return model.aget_text_embedding_batch
+def awaiting(model: BaseEmbedding, calls: Calls) -> Embed:
+    """The model's async way; for a model that has none, its blocking way, in another thread.
+
+    LlamaIndex would else call it text by text, and hold the event loop up.
+    """
+    own = {name for cls in type(model).__mro__[: type(model).__mro__.index(BaseEmbedding)] for name in vars(cls)}
+    has_own = not own.isdisjoint({"_aget_text_embedding", "_aget_text_embeddings", "aget_text_embedding_batch"})
+    return model.aget_text_embedding_batch if has_own else blocking(model, calls)
 
 
 def blocking(model: BaseEmbedding, calls: Calls) -> Embed:

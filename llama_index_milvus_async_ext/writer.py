@@ -47,7 +47,8 @@ class AsyncMilvusWriter(TransformComponent):
             leaves the outcome in `last_report`.
         show_progress: Whether to show a progress bar.
         replace_documents: Whether to delete, once all nodes of a document are acknowledged, those that it had in the
-            collection before: no chunk of a longer version stays behind. For whole corpora there is `aingest`.
+            collection before: no chunk of a longer version stays behind. All nodes of a document must come in one
+            call. For whole corpora there is `aingest`.
 
     Raises:
         WriteError: With `on_failure="raise"`, if any node was not written; it carries the report.

@@ -61,7 +61,10 @@ class Settling:
 
     async def settle(self, items: Sequence[Item]) -> None:
         """Settle documents; one that fails to be is reported."""
-        stale = [key for item in items for key in item.standing.stale if key not in set(item.keys)]
+        stale: list[object] = []
+        for item in items:
+            written = set(item.keys)
+            stale += [key for key in item.standing.stale if key not in written]
         try:
             await self._records.delete(stale)
         except Exception as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_index.core.schema import BaseNode, Document, NodeRelationship
 
-from llama_index_milvus_async_ext._flow.stages import Stage, flow
+from llama_index_milvus_async_ext._flow.stages import Stage, flow, in_full
 from llama_index_milvus_async_ext._ingest.embedding import Embed, embed_nodes, texts_per_call
 from llama_index_milvus_async_ext._ingest.item import Item
 from llama_index_milvus_async_ext._ingest.job import Embedding, Job
@@ -264,12 +264,17 @@ class Ingestion:
         records: list[bytes] = []
         for item in writable:
             records += [record_bytes(item.version, item.keys, self._job.source)] * len(item.nodes)
-        report = await Write(self._store, self._connected, self._port, nodes, records=records).run()
-        self._tally.nodes += len(report.written)
-        self._tally.retries += report.retries
+        # In full: else rows could come that a run which begins meanwhile has not seen when it looked.
+        report = await in_full(self._written(nodes, records))
         if report.ok:
             return writable
         return self._without_failures(writable, report)
+
+    async def _written(self, nodes: list[BaseNode], records: list[bytes]) -> WriteReport:
+        report = await Write(self._store, self._connected, self._port, nodes, records=records).run()
+        self._tally.nodes += len(report.written)
+        self._tally.retries += report.retries
+        return report
 
     def _without_failures(self, items: list[Item], report: WriteReport) -> list[Item]:
         owners = {id(node): item for item in items for node in item.nodes}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from llama_index.core.ingestion import DocstoreStrategy
 from llama_index_instrumentation import get_dispatcher
 
+from llama_index_milvus_async_ext._flow.stages import in_full
 from llama_index_milvus_async_ext._ingest.item import Item
 from llama_index_milvus_async_ext._ingest.job import Job
 from llama_index_milvus_async_ext._ingest.tally import Tally
@@ -61,9 +62,12 @@ class Settling:
 
     async def settle(self, items: Sequence[Item]) -> None:
         """Settle documents; one that fails to be is reported."""
-        stale = [key for item in items for key in item.standing.stale if key not in set(item.keys)]
+        stale: list[object] = []
+        for item in items:
+            written = set(item.keys)
+            stale += [key for key in item.standing.stale if key not in written]
         try:
-            await self._records.delete(stale)
+            await in_full(self._records.delete(stale))
         except Exception as error:
             left = [item for item in items if item.standing.stale]
             for item in left:
@@ -93,7 +97,7 @@ class Settling:
                     missing |= {document_id: [] for document_id in some}
                     for row in await self._records.rows_of(some):
                         missing[row.document_id].append(row.key)
-            await self._records.delete([key for keys in missing.values() for key in keys])
+            await in_full(self._records.delete([key for keys in missing.values() for key in keys]))
         except Exception as error:
             self._tally.fail(None, "delete", error)
             return

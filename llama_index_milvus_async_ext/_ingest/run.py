@@ -26,6 +26,7 @@ from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 
 _WEIGHT_CHARS = 16_384  # a document of more text weighs more than one that is looked up
 _WRITES_AT_ONCE = 4
+_OF_NO_DOCUMENT = ("", "None")  # what LlamaIndex stores for nodes without a document
 
 
 class Ingestion:
@@ -75,9 +76,12 @@ class Ingestion:
         self._tally.stopwatch.seconds["read"] = self._reading.seconds
         if self._reading.error is not None:
             self._tally.fail(None, "read", self._reading.error)
-        elif not self._tally.gave_up:
+        # What could not be read may be any of those that seem to be missing.
+        is_known = all(each.document_id is not None for each in self._tally.failed)
+        if is_known and not self._tally.gave_up:
             with self._tally.stopwatch("delete"):
                 await self._settling.delete_missing()
+        self._settling.tell([])
 
     # --- stages
 
@@ -140,7 +144,6 @@ class Ingestion:
             item = self._item(element)
             if item is None:
                 continue
-            self._settling.see(item)
             earlier = self._open.get(item.document_id)
             if earlier is not None:
                 self._warn_once(
@@ -156,10 +159,10 @@ class Ingestion:
             if not isinstance(element, BaseNode):
                 raise TypeError(f"the stream must hold documents, not {type(element).__name__}")
             if self._job.document_id is not None:
-                document_id = self._job.document_id(element)
-                if not isinstance(document_id, str) or not document_id:
-                    raise TypeError(f"document_id= gave {document_id!r}; it must give a text")
-                element = element.model_copy(update={"id_": document_id})
+                given = self._job.document_id(element)
+                if not isinstance(given, str) or not given:
+                    raise TypeError(f"document_id= gave {given!r}; it must give a text")
+                element = element.model_copy(update={"id_": given})
             elif isinstance(element, Document) and "id_" not in element.model_fields_set:
                 self._warn_once(
                     "the documents have random ids, which LlamaIndex made up, so that each run takes them for new "
@@ -167,10 +170,11 @@ class Ingestion:
                     "aingest a function document_id="
                 )
             document_id = element.node_id
-            document_id.encode()  # what is not valid Unicode can't be looked up
+            _check_id(document_id)
+            self._settling.see(document_id)
             return Item(element, document_id, self._job.version(element), element.hash)
         except Exception as error:
-            self._tally.fail(document_id if isinstance(document_id, str) else None, "read", error)
+            self._tally.fail(document_id, "read", error)
             return None
 
     def _warn_once(self, message: str) -> None:
@@ -210,7 +214,7 @@ class Ingestion:
                     if group == len(self._job.steps.groups) - 1:
                         item.nodes = [_of_document(node, item) for node in item.nodes]
                         item.keys = [self._key_of(node) for node in item.nodes]
-                        _check_keys(item)
+                        _check_keys(item, self._key_name)
                 except Exception as error:
                     self._fail([item], "transform", error)
                 else:
@@ -251,8 +255,8 @@ class Ingestion:
             other = next((taken[key] for key in item.keys if key in taken), None)
             if other is not None:
                 message = (
-                    f"documents {other.document_id!r} and {item.document_id!r} have nodes of the same id; "
-                    "make the document's id a part of it, in the splitter's id_func"
+                    f"documents {other.document_id!r} and {item.document_id!r} have nodes of the same "
+                    f"{self._key_name}; {_remedy(self._key_name)}"
                 )
                 self._fail([item], "write", ValueError(message))
                 continue
@@ -326,15 +330,27 @@ def _of_document(node: BaseNode, item: Item) -> BaseNode:
     return node
 
 
-def _check_keys(item: Item) -> None:
+def _check_id(document_id: str) -> None:
+    if document_id in _OF_NO_DOCUMENT:
+        raise ValueError(f"a document's id can't be {document_id!r}: nodes of no document are stored like this")
+    document_id.encode()  # what is not valid Unicode can't be looked up
+
+
+def _check_keys(item: Item, key_name: str) -> None:
     places: dict[Any, int] = {}
     for place, key in enumerate(item.keys):
         other = places.setdefault(key, place)
         if other != place:
             raise ValueError(
-                f"nodes {other} and {place} of document {item.document_id!r} have the same id {str(key)[:80]!r}, and "
-                "only one of them could be stored; have the splitter's id_func give each another"
+                f"nodes {other} and {place} of document {item.document_id!r} have the same {key_name} "
+                f"{str(key)[:80]!r}, and only one of them could be stored; {_remedy(key_name)}"
             )
+
+
+def _remedy(key_name: str) -> str:
+    if key_name == ID_FIELD:
+        return "have the splitter's id_func make another of each document and place"
+    return f"have a transformation set metadata[{key_name!r}], the collection's primary key, for each node"
 
 
 def _weight_of_text(item: Item) -> int:

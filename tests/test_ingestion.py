@@ -382,8 +382,6 @@ def test_a_function_gives_the_ids_where_a_documents_own_are_not_the_same(
 
 @both
 def test_given_ids_cause_no_warning_in_copies_either(store: AsyncMilvusVectorStore, run: Ingest) -> None:
-    import copy
-    import pickle
 
     class Given(Document):
         pass

@@ -104,9 +104,8 @@ class Settling:
         docstore = self._job.docstore
         if docstore is not None:
             try:
-                for document_id in missing:
-                    if document_id in self._hashes:
-                        await docstore.adelete_document(document_id, raise_error=False)
+                for document_id in missing:  # those of one content are one in `_hashes`, and each in the docstore
+                    await docstore.adelete_document(document_id, raise_error=False)
             except Exception as error:
                 self._tally.fail(None, "docstore", error)
 

@@ -172,6 +172,33 @@ def test_a_transformation_may_follow_the_model(store: AsyncMilvusVectorStore, ru
     assert counts(run(pipeline, docs(3))) == (0, 0, 3, 0, 0)
 
 
+class Loose(TransformComponent):
+    """Makes nodes that name no document, or none, or the document itself beside others."""
+
+    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[BaseNode]:
+        made: list[BaseNode] = []
+        for node in nodes:
+            content = node.get_content()
+            if content == "itself":
+                made.append(node)
+            if content != "nothing":
+                made += [TextNode(text=f"{content} {place}") for place in range(2)]
+        return made
+
+
+@both
+def test_nodes_belong_to_their_document_whatever_a_transformation_says(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    pipeline = IngestionPipeline(transformations=[Loose(), Model()], vector_store=store)
+    documents = [doc("d0", "loose"), doc("d1", "nothing"), doc("d2", "itself")]
+    assert counts(run(pipeline, documents)) == (2, 0, 1, 0, 0)
+    assert held(store) == {"d0": ["loose 0", "loose 1"], "d2": ["itself", "itself 0", "itself 1"]}
+    assert counts(run(pipeline, documents)) == (0, 0, 3, 0, 0)
+    store.delete("d2")
+    assert set(held(store)) == {"d0"}, "as LlamaIndex deletes a document"
+
+
 @both
 def test_the_pipelines_own_documents_and_readers_are_read_too(store: AsyncMilvusVectorStore, run: Ingest) -> None:
     class Reader(StringIterableReader):
@@ -440,6 +467,18 @@ async def test_several_runs_at_once_on_one_store_do_not_disturb_each_other(
         )
         assert [counts(report) for report in reports] == [(10, 0, 0, 0, 0)] * 4
         assert await asyncio.to_thread(held, store) == expected(docs(40))
+
+
+async def test_two_runs_at_once_over_the_same_documents_converge(backend: Backend, collection_name: str) -> None:
+    with AsyncMilvusVectorStore(uri=backend.uri, collection_name=collection_name, dim=DIM) as store:
+        for version in ("first", "second"):
+            documents = docs(40, version=version)
+            reports = await asyncio.gather(*(aingest(writing_to(store), documents) for _ in range(2)))
+            assert all(report.ok for report in reports)
+            there = await asyncio.to_thread(held, store)
+            assert all(set(expected(documents)[key]) <= set(there[key]) for key in expected(documents))
+            assert (await aingest(writing_to(store), documents)).ok
+            assert await asyncio.to_thread(held, store) == expected(documents)
 
 
 @both

@@ -134,6 +134,27 @@ async def test_a_model_that_refuses_everything_is_asked_few_times(texts: int) ->
     assert calls <= 2 * texts.bit_length() + 4
 
 
+class Ending(Lines):
+    """Raises, of a document that asks for it, what no future can hold."""
+
+    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[BaseNode]:
+        if any("stop" in node.get_content() for node in nodes):
+            raise StopIteration  # as a `next()` that finds nothing
+        return super().__call__(nodes)
+
+
+@both
+@pytest.mark.parametrize("num_workers", [None, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_transformation_that_raises_stop_iteration_costs_its_document_alone(
+    store: AsyncMilvusVectorStore, run: Ingest, num_workers: int | None
+) -> None:
+    pipeline = writing_to(store, transformations=[Ending(), Model(), AsyncMilvusWriter(store)])
+    report = run(pipeline, [*docs(2), doc("bad", "stop")], num_workers=num_workers, on_failure="collect")
+    assert counts(report) == (2, 0, 0, 0, 1)
+    assert stages_of(report) == {"bad": "transform"}
+    assert "StopIteration" in str(report.failed[0].error)
+
+
 @both
 def test_a_model_that_gives_too_few_vectors_fails_what_it_was_given(store: AsyncMilvusVectorStore, run: Ingest) -> None:
     class Short(Model):

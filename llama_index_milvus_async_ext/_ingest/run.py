@@ -7,11 +7,11 @@ import warnings
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
-from llama_index.core.schema import BaseNode, Document, NodeRelationship
+from llama_index.core.schema import BaseNode, Document
 
 from llama_index_milvus_async_ext._flow.stages import Stage, flow
 from llama_index_milvus_async_ext._ingest.embedding import Embed, embed_nodes, texts_per_call
-from llama_index_milvus_async_ext._ingest.item import Item
+from llama_index_milvus_async_ext._ingest.item import Item, check_id, check_keys, of_document, remedy_for_keys
 from llama_index_milvus_async_ext._ingest.job import Embedding, Job
 from llama_index_milvus_async_ext._ingest.reading import Reading
 from llama_index_milvus_async_ext._ingest.settling import Settling
@@ -26,7 +26,6 @@ from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 
 _WEIGHT_CHARS = 16_384  # a document of more text weighs more than one that is looked up
 _WRITES_AT_ONCE = 4
-_OF_NO_DOCUMENT = ("", "None")  # what LlamaIndex stores for nodes without a document
 
 
 class Ingestion:
@@ -170,7 +169,7 @@ class Ingestion:
                     "aingest a function document_id="
                 )
             document_id = element.node_id
-            _check_id(document_id)
+            check_id(document_id)
             self._settling.see(document_id)
             return Item(element, document_id, self._job.version(element), element.hash)
         except Exception as error:
@@ -212,9 +211,9 @@ class Ingestion:
                     nodes = item.nodes if group else [item.document]
                     item.nodes = await self._transforming.transform(group, nodes)
                     if group == len(self._job.steps.groups) - 1:
-                        item.nodes = [_of_document(node, item) for node in item.nodes]
+                        item.nodes = [of_document(node, item) for node in item.nodes]
                         item.keys = [self._key_of(node) for node in item.nodes]
-                        _check_keys(item, self._key_name)
+                        check_keys(item, self._key_name)
                 except Exception as error:
                     self._fail([item], "transform", error)
                 else:
@@ -256,7 +255,7 @@ class Ingestion:
             if other is not None:
                 message = (
                     f"documents {other.document_id!r} and {item.document_id!r} have nodes of the same "
-                    f"{self._key_name}; {_remedy(self._key_name)}"
+                    f"{self._key_name}; {remedy_for_keys(self._key_name)}"
                 )
                 self._fail([item], "write", ValueError(message))
                 continue
@@ -317,40 +316,6 @@ class Ingestion:
 
     def _key_of(self, node: BaseNode) -> Any:
         return node.node_id if self._key_name == ID_FIELD else node.metadata.get(self._key_name)
-
-
-def _of_document(node: BaseNode, item: Item) -> BaseNode:
-    """The node as one of its document: LlamaIndex deletes a document by what its nodes say is their source."""
-    if node.ref_doc_id == item.document_id:
-        return node
-    if node is item.document:
-        node = node.model_copy()  # the caller's own
-    source = item.document.as_related_node_info()
-    node.relationships = {**node.relationships, NodeRelationship.SOURCE: source}
-    return node
-
-
-def _check_id(document_id: str) -> None:
-    if document_id in _OF_NO_DOCUMENT:
-        raise ValueError(f"a document's id can't be {document_id!r}: nodes of no document are stored like this")
-    document_id.encode()  # what is not valid Unicode can't be looked up
-
-
-def _check_keys(item: Item, key_name: str) -> None:
-    places: dict[Any, int] = {}
-    for place, key in enumerate(item.keys):
-        other = places.setdefault(key, place)
-        if other != place:
-            raise ValueError(
-                f"nodes {other} and {place} of document {item.document_id!r} have the same {key_name} "
-                f"{str(key)[:80]!r}, and only one of them could be stored; {_remedy(key_name)}"
-            )
-
-
-def _remedy(key_name: str) -> str:
-    if key_name == ID_FIELD:
-        return "have the splitter's id_func make another of each document and place"
-    return f"have a transformation set metadata[{key_name!r}], the collection's primary key, for each node"
 
 
 def _weight_of_text(item: Item) -> int:

@@ -95,6 +95,7 @@ async def aingest(
         ValueError, TypeError: The pipeline does not say where nodes go, or the collection can't hold the record.
         BaseException: A cancellation carries the report so far in its attribute `report`.
     """
+    _check(documents, on_failure)
     job = job_of(
         pipeline,
         _is_writer,
@@ -135,6 +136,7 @@ def ingest(
 
     The documents are read in the calling thread, and each model's blocking method is called, one call at a time.
     """
+    _check(documents, on_failure)
     job = job_of(
         pipeline,
         _is_writer,
@@ -157,6 +159,13 @@ def ingest(
     return report
 
 
+def _check(documents: Documents, on_failure: str) -> None:
+    if not isinstance(documents, (Iterable, AsyncIterable)):
+        raise TypeError(f"documents must be an iterable or an async iterable, got {type(documents).__name__}")
+    if on_failure not in ("raise", "collect"):
+        raise ValueError(f'on_failure must be "raise" or "collect", got {on_failure!r}')
+
+
 async def _run(
     job: Job, stream: Documents, reader: Calls, embed: list[Embed], tally: Tally, *, awaits: bool
 ) -> IngestionReport:
@@ -170,6 +179,11 @@ async def _run(
                     raise ValueError(
                         f"collection {store.collection_name!r} has no dynamic field, where the record of what it holds "
                         "would be kept; use a collection that this store has made"
+                    )
+                if schema.primary_key.auto_id:
+                    raise ValueError(
+                        f"collection {store.collection_name!r} makes its primary keys up itself, so that nobody could "
+                        "tell whether a document is there whole; use a collection that this store has made"
                     )
                 reading = Reading(stream, reader)
                 run = Ingestion(job, store, connected, port, reading, transforming, embed, tally)

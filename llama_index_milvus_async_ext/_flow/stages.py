@@ -232,8 +232,7 @@ async def in_full(coroutine: Coroutine[Any, Any, T]) -> T:
         while not task.done() and clock() < end:
             with contextlib.suppress(asyncio.CancelledError):  # again and again
                 await asyncio.wait([task], timeout=end - clock())
-        task.cancel()
-        await all_ended([task])
+        await _cancelled([task])
         raise
 
 

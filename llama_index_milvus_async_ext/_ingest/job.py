@@ -100,6 +100,10 @@ def job_of(
         raise TypeError(f"pipeline must be an IngestionPipeline, got {type(pipeline).__name__}")
     if not isinstance(source, str):
         raise TypeError(f"source must be a text, got {source!r}")
+    try:
+        source.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"source is not valid Unicode: {error}") from None
     for name, number, least in (("num_workers", num_workers, 1), ("max_failures", max_failures, 0)):
         if number is not None and number < least:
             raise ValueError(f"{name} must be {least} or more, got {number}")

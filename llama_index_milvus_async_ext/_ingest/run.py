@@ -7,11 +7,11 @@ import warnings
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
-from llama_index.core.schema import BaseNode, Document, NodeRelationship
+from llama_index.core.schema import BaseNode, Document
 
 from llama_index_milvus_async_ext._flow.stages import Stage, flow, in_full
 from llama_index_milvus_async_ext._ingest.embedding import Embed, embed_nodes, texts_per_call
-from llama_index_milvus_async_ext._ingest.item import Item
+from llama_index_milvus_async_ext._ingest.item import Item, check_id, check_keys, of_document, remedy_for_keys
 from llama_index_milvus_async_ext._ingest.job import Embedding, Job
 from llama_index_milvus_async_ext._ingest.reading import Reading
 from llama_index_milvus_async_ext._ingest.settling import Settling
@@ -75,9 +75,12 @@ class Ingestion:
         self._tally.stopwatch.seconds["read"] = self._reading.seconds
         if self._reading.error is not None:
             self._tally.fail(None, "read", self._reading.error)
-        elif not self._tally.gave_up:
+        # What could not be read may be any of those that seem to be missing.
+        is_known = all(each.document_id is not None for each in self._tally.failed)
+        if is_known and not self._tally.gave_up:
             with self._tally.stopwatch("delete"):
                 await self._settling.delete_missing()
+        self._settling.tell([])
 
     # --- stages
 
@@ -140,7 +143,6 @@ class Ingestion:
             item = self._item(element)
             if item is None:
                 continue
-            self._settling.see(item)
             earlier = self._open.get(item.document_id)
             if earlier is not None:
                 self._warn_once(
@@ -156,10 +158,10 @@ class Ingestion:
             if not isinstance(element, BaseNode):
                 raise TypeError(f"the stream must hold documents, not {type(element).__name__}")
             if self._job.document_id is not None:
-                document_id = self._job.document_id(element)
-                if not isinstance(document_id, str) or not document_id:
-                    raise TypeError(f"document_id= gave {document_id!r}; it must give a text")
-                element = element.model_copy(update={"id_": document_id})
+                given = self._job.document_id(element)
+                if not isinstance(given, str) or not given:
+                    raise TypeError(f"document_id= gave {given!r}; it must give a text")
+                element = element.model_copy(update={"id_": given})
             elif isinstance(element, Document) and "id_" not in element.model_fields_set:
                 self._warn_once(
                     "the documents have random ids, which LlamaIndex made up, so that each run takes them for new "
@@ -167,10 +169,11 @@ class Ingestion:
                     "aingest a function document_id="
                 )
             document_id = element.node_id
-            document_id.encode()  # what is not valid Unicode can't be looked up
+            check_id(document_id)
+            self._settling.see(document_id)
             return Item(element, document_id, self._job.version(element), element.hash)
         except Exception as error:
-            self._tally.fail(document_id if isinstance(document_id, str) else None, "read", error)
+            self._tally.fail(document_id, "read", error)
             return None
 
     def _warn_once(self, message: str) -> None:
@@ -208,9 +211,9 @@ class Ingestion:
                     nodes = item.nodes if group else [item.document]
                     item.nodes = await self._transforming.transform(group, nodes)
                     if group == len(self._job.steps.groups) - 1:
-                        item.nodes = [_of_document(node, item) for node in item.nodes]
+                        item.nodes = [of_document(node, item) for node in item.nodes]
                         item.keys = [self._key_of(node) for node in item.nodes]
-                        _check_keys(item)
+                        check_keys(item, self._key_name)
                 except Exception as error:
                     self._fail([item], "transform", error)
                 else:
@@ -251,8 +254,8 @@ class Ingestion:
             other = next((taken[key] for key in item.keys if key in taken), None)
             if other is not None:
                 message = (
-                    f"documents {other.document_id!r} and {item.document_id!r} have nodes of the same id; "
-                    "make the document's id a part of it, in the splitter's id_func"
+                    f"documents {other.document_id!r} and {item.document_id!r} have nodes of the same "
+                    f"{self._key_name}; {remedy_for_keys(self._key_name)}"
                 )
                 self._fail([item], "write", ValueError(message))
                 continue
@@ -318,28 +321,6 @@ class Ingestion:
 
     def _key_of(self, node: BaseNode) -> Any:
         return node.node_id if self._key_name == ID_FIELD else node.metadata.get(self._key_name)
-
-
-def _of_document(node: BaseNode, item: Item) -> BaseNode:
-    """The node as one of its document: LlamaIndex deletes a document by what its nodes say is their source."""
-    if node.ref_doc_id == item.document_id:
-        return node
-    if node is item.document:
-        node = node.model_copy()  # the caller's own
-    source = item.document.as_related_node_info()
-    node.relationships = {**node.relationships, NodeRelationship.SOURCE: source}
-    return node
-
-
-def _check_keys(item: Item) -> None:
-    places: dict[Any, int] = {}
-    for place, key in enumerate(item.keys):
-        other = places.setdefault(key, place)
-        if other != place:
-            raise ValueError(
-                f"nodes {other} and {place} of document {item.document_id!r} have the same id {str(key)[:80]!r}, and "
-                "only one of them could be stored; have the splitter's id_func give each another"
-            )
 
 
 def _weight_of_text(item: Item) -> int:

@@ -48,10 +48,10 @@ class Settling:
             self._recorded = dict(await self._job.docstore.aget_all_document_hashes())
             self._hashes = {document_id: hash_ for hash_, document_id in self._recorded.items()}
 
-    def see(self, item: Item) -> None:
+    def see(self, document_id: str) -> None:
         """Note that the stream holds a document."""
         if self._job.deletes_missing or self._deletes_unrecorded:
-            self._seen.add(item.document_id)
+            self._seen.add(document_id)
 
     def is_duplicate(self, item: Item) -> bool:
         """Whether another document of the same content makes this one superfluous, as the docstore is to be used."""
@@ -77,7 +77,7 @@ class Settling:
         for item in recorded:
             self._count(item)
         self._tally.advance(len(recorded))
-        self._tell(recorded)
+        self.tell(recorded)
 
     async def delete_missing(self) -> None:
         """Delete documents that the stream, which was read to its end, did not hold."""
@@ -105,11 +105,24 @@ class Settling:
         docstore = self._job.docstore
         if docstore is not None:
             try:
-                for document_id in missing:
-                    if document_id in self._hashes:
-                        await docstore.adelete_document(document_id, raise_error=False)
+                for document_id in missing:  # those of one content are one in `_hashes`, and each in the docstore
+                    await docstore.adelete_document(document_id, raise_error=False)
             except Exception as error:
                 self._tally.fail(None, "docstore", error)
+
+    def tell(self, items: Sequence[Item]) -> None:
+        """Tell LlamaIndex's instrumentation of documents that are settled, and of what has been done since then."""
+        nodes, seconds = self._told
+        now = dict(self._tally.stopwatch.seconds)
+        dispatcher.event(
+            MilvusIngestionEvent(
+                documents=len(items),
+                nodes=self._tally.nodes - nodes,
+                failed=len(self._tally.failed),
+                stage_seconds={name: value - seconds.get(name, 0.0) for name, value in now.items()},
+            )
+        )
+        self._told = (self._tally.nodes, now)
 
     async def _record(self, items: Sequence[Item]) -> list[Item]:
         """Tell the docstore of documents, and return those of which it was told."""
@@ -138,16 +151,3 @@ class Settling:
             self._tally.replaced += 1
         else:
             self._tally.added += 1
-
-    def _tell(self, items: Sequence[Item]) -> None:
-        nodes, seconds = self._told
-        now = dict(self._tally.stopwatch.seconds)
-        dispatcher.event(
-            MilvusIngestionEvent(
-                documents=len(items),
-                nodes=self._tally.nodes - nodes,
-                failed=len(self._tally.failed),
-                stage_seconds={name: value - seconds.get(name, 0.0) for name, value in now.items()},
-            )
-        )
-        self._told = (self._tally.nodes, now)

@@ -115,7 +115,10 @@ class _Alone:
 def transformed(transformations: Sequence[TransformComponent], nodes: list[BaseNode]) -> list[BaseNode]:
     """What the transformations make of these nodes, one after the other."""
     for each in transformations:
-        nodes = list(each(nodes))
+        try:
+            nodes = list(each(nodes))
+        except StopIteration as error:  # which no future takes: whoever waits for it would wait for ever
+            raise RuntimeError(f"{type(each).__name__} raised StopIteration") from error
     return nodes
 
 

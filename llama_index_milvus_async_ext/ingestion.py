@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import itertools
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import Document, TransformComponent
@@ -31,9 +33,28 @@ dispatcher = get_dispatcher(__name__)
 
 Documents = Iterable[Any] | AsyncIterable[Any]
 Version = str | Callable[[Document], str]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-@dispatcher.span
+def _in_a_span(function: F) -> F:
+    """Give a function a span, but let it stay a function: what `dispatcher.span` makes of it can't be pickled.
+
+    Ray, as others do, pickles what a task of the main module refers to.
+    """
+    spanned = dispatcher.span(function)
+
+    @functools.wraps(function)
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        return await spanned(*args, **kwargs)
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return spanned(*args, **kwargs)
+
+    return cast(F, awaited if inspect.iscoroutinefunction(function) else called)
+
+
+@_in_a_span
 async def aingest(
     pipeline: IngestionPipeline,
     documents: Documents,
@@ -118,7 +139,7 @@ async def aingest(
     return report
 
 
-@dispatcher.span
+@_in_a_span
 def ingest(
     pipeline: IngestionPipeline,
     documents: Documents,

@@ -40,6 +40,7 @@ from tests.ingesting import (
     rows,
     writing_to,
 )
+from tests.waiting import blocked_until
 
 both = pytest.mark.parametrize("run", BOTH, ids=BOTH_NAMES)
 
@@ -313,6 +314,20 @@ def test_aingest_makes_and_reads_an_iterator_in_one_thread(store: AsyncMilvusVec
         database.close()
 
     assert counts(asynchronously(writing_to(store), pages())) == (250, 0, 0, 0, 0)
+
+
+@both
+def test_what_a_slow_stream_has_given_does_not_wait_for_what_it_gives_next(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    model = Model()
+
+    def stream() -> Iterator[Document]:
+        yield from docs(3)
+        blocked_until(lambda: model.texts == 6, seconds=30)
+        yield doc("late", "one more")
+
+    assert counts(run(writing_to(store, model), stream())) == (4, 0, 0, 0, 0)
 
 
 @both

@@ -197,7 +197,8 @@ class Ingestion:
             item.standing = standing(found[item.document_id], item.version)
             is_there = item.standing.is_whole or self._settling.is_duplicate(item)
             (unchanged if is_there else changed).append(item)
-        await self._settle(unchanged)
+        if unchanged:
+            await self._settle(unchanged)
         return changed
 
     def _transformed_by(self, group: int) -> Any:

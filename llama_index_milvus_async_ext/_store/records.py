@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus.errors import classify
+from llama_index_milvus_async_ext._milvus.query_request import Wanted
 from llama_index_milvus_async_ext._milvus.schema import PrimaryKey
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes.rows import RECORD_FIELD
@@ -54,7 +55,9 @@ class Records:
         expression = ids_expression(self._store.doc_id_field, list(document_ids))
         key = (await calls.schema(self._store, self._connected, self._port)).primary_key
         try:
-            found = await self._query(expression, [key.name, self._store.doc_id_field, RECORD_FIELD])
+            wanted = Wanted((key.name, self._store.doc_id_field), RECORD_FIELD)
+            look_up = calls.look_up(self._store.collection_name, expression, wanted)
+            found = await calls.call(self._store, self._connected, self._port, look_up)
         except Exception as error:
             # 2.3 servers answer with all dynamic fields of a row, the node's JSON included: too much for one answer.
             if classify(error) is not Verdict.TOO_LARGE:
@@ -63,7 +66,11 @@ class Records:
                 middle = len(document_ids) // 2
                 return [*await self.rows_of(document_ids[:middle]), *await self.rows_of(document_ids[middle:])]
             return [row async for page in self._pages(expression, key) for row in page]
-        return self._stored(found, key)
+        keys, ids, records = found.columns()
+        return [
+            StoredRow(key, id_ or "", record if isinstance(record, dict) else None)
+            for key, id_, record in zip(keys, ids, records, strict=True)
+        ]
 
     async def pages_of_source(self, source: str) -> AsyncIterator[list[StoredRow]]:
         """All rows that came from this source, page by page."""
@@ -81,10 +88,6 @@ class Records:
         for some in calls.slices(list(keys)):
             delete = calls.delete(collection, keys_expression(key, some), None, {})
             await calls.call(self._store, self._connected, self._port, delete, changes=True)
-
-    async def _query(self, expression: str, fields: list[str]) -> list[dict[str, Any]]:
-        query = calls.query(self._store.collection_name, expression, None, fields, consistency_level=_STRONG)
-        return await calls.call(self._store, self._connected, self._port, query)
 
     async def _pages(self, expression: str, key: PrimaryKey) -> AsyncIterator[list[StoredRow]]:
         fields = [key.name, self._store.doc_id_field, RECORD_FIELD]

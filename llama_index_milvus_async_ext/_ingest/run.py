@@ -168,7 +168,8 @@ class Ingestion:
                 )
             document_id = element.node_id
             document_id.encode()  # what is not valid Unicode can't be looked up
-            return Item(element, document_id, self._job.version(element), element.hash)
+            hash_ = element.hash
+            return Item(element, document_id, self._job.version(element, hash_), hash_)
         except Exception as error:
             self._tally.fail(document_id if isinstance(document_id, str) else None, "read", error)
             return None
@@ -180,18 +181,14 @@ class Ingestion:
             warnings.warn(message, UserWarning, stacklevel=2)
 
     async def _look_up(self, items: list[Item]) -> list[Item]:
-        known = {item.document_id: item for item in items}
         try:
-            rows = await self._records.rows_of(list(known))
+            rows = await self._records.rows_of([item.document_id for item in items])
         except Exception as error:
             return self._fail(items, "look-up", error)
-        found: dict[str, list[Any]] = {document_id: [] for document_id in known}
-        for row in rows:
-            found.setdefault(row.document_id, []).append(row)
         changed: list[Item] = []
         unchanged: list[Item] = []
         for item in items:
-            item.standing = standing(found[item.document_id], item.version)
+            item.standing = standing(rows.of(item.document_id), item.version)
             is_there = item.standing.is_whole or self._settling.is_duplicate(item)
             (unchanged if is_there else changed).append(item)
         await self._settle(unchanged)

@@ -41,7 +41,7 @@ class LookedUp:
         if isinstance(self._found, list):
             return [[row.get(name) for row in self._found] for name in self._wanted.fields]
         columns = _columns(self._found)
-        values: list[Sequence[Any]] = [columns[name] for name in self._wanted.columns]
+        values: list[Sequence[Any]] = [list(columns[name]) for name in self._wanted.columns]
         return [*values, dynamic_values(columns[None], self._wanted.dynamic)]
 
 

@@ -130,7 +130,7 @@ def job_of(
 def _versions(version: str | Callable[[Any], str], source: str) -> Callable[[BaseNode, str], str]:
     if callable(version):
         return lambda document, _: named_version(version(document), document, source)
-    return lambda document, hash_: version_of(document, hash_, version, source)
+    return lambda document, hash_: version_of(document, version, source, hash_)
 
 
 def _store_of(pipeline: IngestionPipeline, writers: Callable[[TransformComponent], bool]) -> MilvusVectorStore:

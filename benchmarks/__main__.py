@@ -126,7 +126,7 @@ _OF_INGESTION: dict[str, _Workload] = {
     "ingestion-look-ups": lambda backend, scale: ingestion_again.run_look_ups(
         backend,
         rounds=scale.of(15, 3),
-        sizes=scale.of((10_000, 100_000, 300_000, 1_000_000), (10_000, 30_000)),
+        sizes=scale.of((10_000, 100_000, 1_000_000), (10_000, 30_000)),
     ),
     "ingestion-record": lambda backend, scale: ingestion_record.run(
         backend, dim=384, rounds=scale.of(21, 3), count=scale.of(10_000, 4_000)

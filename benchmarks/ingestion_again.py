@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-import statistics
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from llama_index.core.ingestion import IngestionPipeline
@@ -16,7 +15,7 @@ from llama_index.core.schema import BaseNode
 from benchmarks.backend import Backend, WrongAnswerError
 from benchmarks.corpus import Pages, make_documents, make_vectors, numbered
 from benchmarks.ingestion import check_report
-from benchmarks.measure import Figure, Outcome, Timing, seconds, timed, wait_until_quiet
+from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, ratios, seconds, timed, wait_until_quiet
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, aingest
 from llama_index_milvus_async_ext._ingest.standing import record_bytes
 from llama_index_milvus_async_ext._lane.port import LoopPort
@@ -65,64 +64,74 @@ async def run_unchanged(backend: Backend, *, rounds: int, count: int) -> Outcome
 
 
 async def run_look_ups(backend: Backend, *, rounds: int, sizes: Sequence[int]) -> Outcome:
-    """Look-ups of 500 documents in a collection that grows; at last, with a scalar index on the documents' ids."""
-    series: dict[str, Any] = {"sizes": list(sizes), "alone": {}, "together": {}, "client_cpu": {}}
-    rows = 0
-    async with backend.ours(_SMALL_DIM) as store, _records(store) as (records, connected, port):
+    """Look-ups of 500 documents in collections of several sizes; then with a scalar index on the largest one's ids."""
+    outcome = Outcome(series={"sizes": list(sizes)})
+    async with AsyncExitStack() as opened:
+        stores = {}
+        looked_up: dict[str, Records] = {}
         for size in sizes:
-            while rows < size:
-                nodes = _nodes_of(rows // _PAGES, min(size - rows, 50 * 10_000) // _PAGES)
-                async for some in nodes:
-                    await _write(store, connected, port, some)
-                    rows += len(some)
-            await _look_up(records, rows, rounds, series, str(size))
-        counted = backend.client.query(
-            store.collection_name, "", output_fields=["count(*)"], consistency_level="Strong"
+            stores[f"{size:,} rows"] = store = await opened.enter_async_context(backend.ours(_SMALL_DIM))
+            records, connected, port = await opened.enter_async_context(_records(store))
+            async for nodes in _nodes_of(size // _PAGES):
+                await _write(store, connected, port, nodes)
+            _check_count(backend, store, size)
+            looked_up[f"{size:,} rows"] = records
+        smallest, *_, largest = looked_up
+        await _compare(outcome, looked_up, dict(zip(looked_up, sizes, strict=True)), rounds)
+        await asyncio.to_thread(_index_documents, backend, stores[largest])
+        indexed = f"{largest}, scalar index"
+        await _compare(
+            outcome,
+            {smallest: looked_up[smallest], indexed: looked_up[largest]},
+            {smallest: sizes[0], indexed: sizes[-1]},
+            rounds,
+            is_wanted=False,
         )
-        if counted[0]["count(*)"] != rows:
-            raise WrongAnswerError(f"{rows} rows were written, {counted[0]['count(*)']} are stored")
-        await asyncio.to_thread(_index_documents, backend, store)
-        await _look_up(records, rows, rounds, series, f"{sizes[-1]}, indexed")
-    smallest, largest = str(sizes[0]), str(sizes[-1])
-    figures = []
-    for way, target in (("alone", 2.0), ("together", None)):
-        taken = series[way]
-        # Each size has rounds of its own: no two of them were measured next to each other.
-        grown = statistics.median(taken[largest]) / statistics.median(taken[smallest])
-        indexed = statistics.median(taken[f"{largest}, indexed"]) / statistics.median(taken[smallest])
-        what = f"look-up of {_DOCUMENTS_PER_LOOK_UP} documents of {_PAGES} nodes"
-        what += "" if way == "alone" else f", {_LOOK_UPS_AT_ONCE} at once, as in an ingestion"
-        figures += [
-            Figure(f"{what}, {sizes[-1]:,} rows", f"{sizes[0]:,} rows", target, [grown], True),
-            Figure(f"{what}, {sizes[-1]:,} rows, scalar index", f"{sizes[0]:,} rows", None, [indexed], True),
-        ]
-    return Outcome(figures, series)
+    return outcome
 
 
-async def _look_up(records: Records, rows: int, rounds: int, series: dict[str, Any], name: str) -> None:
-    """Time look-ups of documents chosen by chance: one after the other, and as many at once as an ingestion makes."""
-    wait_until_quiet()
-    chance = random.Random(rows)
+async def _compare(
+    outcome: Outcome, looked_up: dict[str, Records], sizes: dict[str, int], rounds: int, is_wanted: bool = True
+) -> None:
+    """Look up in each collection in turn: one look-up alone, and as many at once as an ingestion makes."""
+    chance = random.Random(0)
 
-    async def one() -> None:
-        wanted = [f"document-{n:06d}" for n in chance.sample(range(rows // _PAGES), _DOCUMENTS_PER_LOOK_UP)]
-        found = await records.rows_of(wanted)
-        if len(found) != len(wanted) * _PAGES or any(row.record is None for row in found):
-            raise WrongAnswerError(f"{len(found)} rows were found of {len(wanted)} documents")
+    def side(name: str, at_once: int) -> Side:
+        async def one() -> None:
+            numbers = chance.sample(range(sizes[name] // _PAGES), _DOCUMENTS_PER_LOOK_UP)
+            found = await looked_up[name].rows_of([f"document-{number:06d}" for number in numbers])
+            if len(found) != len(numbers) * _PAGES or any(row.record is None for row in found):
+                raise WrongAnswerError(f"{len(found)} rows were found of {len(numbers)} documents")
 
-    await one()  # a fresh connection, an index that is not in memory yet
-    alone, together = [], []
-    cpu = time.process_time()
-    for _ in range(rounds):
-        before = time.perf_counter()
-        await one()
-        alone.append(time.perf_counter() - before)
-    series["client_cpu"][name] = (time.process_time() - cpu) / rounds
-    for _ in range(rounds):
-        before = time.perf_counter()
-        await asyncio.gather(*(one() for _ in range(_LOOK_UPS_AT_ONCE)))
-        together.append((time.perf_counter() - before) / _LOOK_UPS_AT_ONCE)
-    series["alone"][name], series["together"][name] = alone, together
+        async def measure() -> Timing:
+            cpu_before, before = time.process_time(), time.perf_counter()
+            await asyncio.gather(*(one() for _ in range(at_once)))
+            return Timing(time.perf_counter() - before, time.process_time() - cpu_before)
+
+        return measure
+
+    smallest, *_, largest = looked_up
+    for at_once in (1, _LOOK_UPS_AT_ONCE):
+        sides = {name: side(name, at_once) for name in looked_up}
+        await alternate(sides, 1)  # what is asked for the first time
+        wait_until_quiet()
+        timings = await alternate(sides, rounds)
+        what = f"look-up of {_DOCUMENTS_PER_LOOK_UP} documents of {_PAGES} nodes, {at_once} at once, {largest}"
+        target = 2.0 if is_wanted else None
+        grown = ratios(seconds(timings[largest]), seconds(timings[smallest]))
+        outcome.figures.append(Figure(what, f"{smallest}", target, grown, True))
+        kept = outcome.series.setdefault(f"{at_once} at once", {})
+        kept |= {
+            name: {"seconds": seconds(taken), "client_cpu": [each.cpu_seconds for each in taken]}
+            for name, taken in timings.items()
+            if is_wanted or name != smallest
+        }
+
+
+def _check_count(backend: Backend, store: AsyncMilvusVectorStore, rows: int) -> None:
+    counted = backend.client.query(store.collection_name, "", output_fields=["count(*)"], consistency_level="Strong")
+    if counted[0]["count(*)"] != rows:
+        raise WrongAnswerError(f"{rows} rows were written, {counted[0]['count(*)']} are stored")
 
 
 @asynccontextmanager
@@ -132,12 +141,12 @@ async def _records(store: AsyncMilvusVectorStore) -> AsyncIterator[tuple[Records
         yield Records(store, connected, port), connected, port
 
 
-async def _nodes_of(first: int, documents: int) -> AsyncIterator[list[BaseNode]]:
+async def _nodes_of(documents: int) -> AsyncIterator[list[BaseNode]]:
     """The nodes of documents, some at a time."""
     split = Pages(id_func=numbered)
     vectors = make_vectors(1_000, _SMALL_DIM)
-    for start in range(first, first + documents, _DOCUMENTS_PER_WRITE):
-        count = min(_DOCUMENTS_PER_WRITE, first + documents - start)
+    for start in range(0, documents, _DOCUMENTS_PER_WRITE):
+        count = min(_DOCUMENTS_PER_WRITE, documents - start)
         nodes = split(list(make_documents(count, _PAGES, characters=_CHARACTERS, first=start)))
         for place, node in enumerate(nodes):
             node.embedding = vectors[place % len(vectors)]

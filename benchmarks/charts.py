@@ -150,14 +150,14 @@ def _stages(series: dict[str, Any], path: Path) -> Path:
             spans = [(begin, end - begin) for stage, begin, end in runs["spans"] if stage == name]
             axes.broken_barh(spans, (place - 0.38, 0.76), color=_OURS)
         slowest = max(statistics.median(runs["seconds"][name]["wall"]) for name in ("split", "embed", "write"))
-        axes.axvline(slowest, color=_CPU, linestyle="--", label=f"the slowest stage alone: {slowest:.1f} s")
+        axes.axvline(slowest, color=_CPU, linestyle="--")
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlim(left=0)
         axes.set_xlabel("seconds since the run began")
-        axes.set_title(f"When each stage was at work: {runs['name']}", fontsize=11)
+        title = f"When each stage was at work: {runs['name']} (dashed: the slowest stage alone, {slowest:.1f} s)"
+        axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="lower left", fontsize=9)
     return _save(figure, path)
 
 

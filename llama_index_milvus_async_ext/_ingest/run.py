@@ -10,7 +10,7 @@ from typing import Any
 from llama_index.core.schema import BaseNode, Document, NodeRelationship
 
 from llama_index_milvus_async_ext._flow.stages import Stage, flow
-from llama_index_milvus_async_ext._ingest.embedding import Embed, embed_nodes, texts_per_call
+from llama_index_milvus_async_ext._ingest.embedding import Embed, Embedder
 from llama_index_milvus_async_ext._ingest.item import Item
 from llama_index_milvus_async_ext._ingest.job import Embedding, Job
 from llama_index_milvus_async_ext._ingest.reading import Reading
@@ -108,15 +108,15 @@ class Ingestion:
             )
             if number < len(self._job.steps.embeddings):
                 step = self._job.steps.embeddings[number]
-                texts = texts_per_call(step.model)
+                embedder = Embedder(step.model, self._embed[number], self._tally.count_texts)
                 stages.append(
                     Stage(
                         "embed",
-                        self._embedded_by(step, self._embed[number]),
-                        at_once=1 if step.model.num_workers else 2,
-                        most=texts,
-                        least=texts,
-                        capacity=2 * texts,
+                        self._embedded_by(step, embedder),
+                        at_once=embedder.at_once,
+                        most=embedder.texts,
+                        least=embedder.texts,
+                        capacity=embedder.at_once * embedder.texts,
                         weigh=_weight_of_nodes,
                     )
                 )
@@ -216,7 +216,7 @@ class Ingestion:
 
         return transform
 
-    def _embedded_by(self, step: Embedding, embed: Embed) -> Any:
+    def _embedded_by(self, step: Embedding, embedder: Embedder) -> Any:
         async def work(items: list[Item]) -> list[Item]:
             nodes = []
             owners = []
@@ -227,16 +227,9 @@ class Ingestion:
                 wanted = [node for node in item.nodes if node.embedding is None or not step.only_missing]
                 nodes += wanted
                 owners += [item] * len(wanted)
-            texts = texts_per_call(step.model)
-            errors: dict[int, tuple[Item, Exception]] = {}
-            for start in range(0, len(nodes), texts):
-                some = nodes[start : start + texts]
-                failed = await embed_nodes(some, embed)
-                self._tally.texts_embedded += len(some) - len(failed)
-                for place, error in failed.items():
-                    errors.setdefault(id(owners[start + place]), (owners[start + place], error))
-            for item, error in errors.values():
-                self._fail([item], "embed", error)
+            for place, error in (await embedder.embed(nodes)).items():
+                if not owners[place].is_closed:
+                    self._fail([owners[place]], "embed", error)
             return [item for item in items if not item.is_closed]
 
         return work

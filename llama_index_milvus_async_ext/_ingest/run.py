@@ -297,6 +297,7 @@ class Ingestion:
     def _close(self, item: Item) -> None:
         """Nothing more is done about a document: another one of its id may come."""
         item.is_closed = True
+        item.nodes = []  # who still holds the document needs them no longer, and they take the most memory
         ended = self._open.pop(item.document_id, None)
         if ended is not None:
             ended.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -174,11 +175,11 @@ async def _work(entrance: _Entrance, following: _Entrance | None, stopwatch: Sto
                     if not isinstance(interruption, GeneratorExit):  # after which nobody can wait
                         await _cancelled([task])
                     raise
-            made = await task
+            made = deque(await task)
+            del batch, task
             await turn.comes()
-            if following is not None:
-                for item in made:
-                    await following.put(item)
+            while following is not None and made:  # what is handed on is let go of: it grows on its way
+                await following.put(made.popleft())
             turn.ends()
 
     await _together(*(worker() for _ in range(stage.at_once)))

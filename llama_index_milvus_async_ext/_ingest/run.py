@@ -10,7 +10,7 @@ from typing import Any
 from llama_index.core.schema import BaseNode, Document
 
 from llama_index_milvus_async_ext._flow.stages import Stage, flow, in_full
-from llama_index_milvus_async_ext._ingest.embedding import Embed, embed_nodes, texts_per_call
+from llama_index_milvus_async_ext._ingest.embedding import Embed, Embedder
 from llama_index_milvus_async_ext._ingest.item import Item, check_id, check_keys, of_document, remedy_for_keys
 from llama_index_milvus_async_ext._ingest.job import Embedding, Job
 from llama_index_milvus_async_ext._ingest.reading import Reading
@@ -111,15 +111,15 @@ class Ingestion:
             )
             if number < len(self._job.steps.embeddings):
                 step = self._job.steps.embeddings[number]
-                texts = texts_per_call(step.model)
+                embedder = Embedder(step.model, self._embed[number], self._tally.count_texts)
                 stages.append(
                     Stage(
                         "embed",
-                        self._embedded_by(step, self._embed[number]),
-                        at_once=1 if step.model.num_workers else 2,
-                        most=texts,
-                        least=texts,
-                        capacity=2 * texts,
+                        self._embedded_by(step, embedder),
+                        at_once=embedder.at_once,
+                        most=embedder.texts,
+                        least=embedder.texts,
+                        capacity=embedder.at_once * embedder.texts,
                         weigh=_weight_of_nodes,
                     )
                 )
@@ -171,7 +171,8 @@ class Ingestion:
             document_id = element.node_id
             check_id(document_id)
             self._settling.see(document_id)
-            return Item(element, document_id, self._job.version(element), element.hash)
+            hash_ = element.hash
+            return Item(element, document_id, self._job.version(element, hash_), hash_)
         except Exception as error:
             self._tally.fail(document_id, "read", error)
             return None
@@ -183,18 +184,14 @@ class Ingestion:
             warnings.warn(message, UserWarning, stacklevel=2)
 
     async def _look_up(self, items: list[Item]) -> list[Item]:
-        known = {item.document_id: item for item in items}
         try:
-            rows = await self._records.rows_of(list(known))
+            rows = await self._records.rows_of([item.document_id for item in items])
         except Exception as error:
             return self._fail(items, "look-up", error)
-        found: dict[str, list[Any]] = {document_id: [] for document_id in known}
-        for row in rows:
-            found.setdefault(row.document_id, []).append(row)
         changed: list[Item] = []
         unchanged: list[Item] = []
         for item in items:
-            item.standing = standing(found[item.document_id], item.version)
+            item.standing = standing(rows.of(item.document_id), item.version)
             is_there = item.standing.is_whole or self._settling.is_duplicate(item)
             (unchanged if is_there else changed).append(item)
         if unchanged:
@@ -223,7 +220,7 @@ class Ingestion:
 
         return transform
 
-    def _embedded_by(self, step: Embedding, embed: Embed) -> Any:
+    def _embedded_by(self, step: Embedding, embedder: Embedder) -> Any:
         async def work(items: list[Item]) -> list[Item]:
             nodes = []
             owners = []
@@ -234,16 +231,9 @@ class Ingestion:
                 wanted = [node for node in item.nodes if node.embedding is None or not step.only_missing]
                 nodes += wanted
                 owners += [item] * len(wanted)
-            texts = texts_per_call(step.model)
-            errors: dict[int, tuple[Item, Exception]] = {}
-            for start in range(0, len(nodes), texts):
-                some = nodes[start : start + texts]
-                failed = await embed_nodes(some, embed)
-                self._tally.texts_embedded += len(some) - len(failed)
-                for place, error in failed.items():
-                    errors.setdefault(id(owners[start + place]), (owners[start + place], error))
-            for item, error in errors.values():
-                self._fail([item], "embed", error)
+            for place, error in (await embedder.embed(nodes)).items():
+                if not owners[place].is_closed:
+                    self._fail([owners[place]], "embed", error)
             return [item for item in items if not item.is_closed]
 
         return work
@@ -316,6 +306,7 @@ class Ingestion:
     def _close(self, item: Item) -> None:
         """Nothing more is done about a document: another one of its id may come."""
         item.is_closed = True
+        item.nodes = []  # who still holds the document needs them no longer, and they take the most memory
         ended = self._open.pop(item.document_id, None)
         if ended is not None:
             ended.set()

@@ -62,6 +62,10 @@ class Tally:
         self.failed.append(FailedDocument(document_id, stage, error, report))
         self.advance(1 if document_id is not None else 0)
 
+    def count_texts(self, texts: int) -> None:
+        """Count texts that a model has taken."""
+        self.texts_embedded += texts
+
     def advance(self, documents: int) -> None:
         """Move the bar on."""
         if self._bar.disable:

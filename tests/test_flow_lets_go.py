@@ -34,4 +34,4 @@ async def test_a_stage_lets_go_of_each_item_that_it_has_handed_on(ordered: bool)
     stages = [Stage("many", all_at_once, ordered=ordered), Stage("one", one_by_one)]
     await flow(source(), stages, Stopwatch())
     assert len(alive) == 20
-    assert alive[-1] <= 3, alive
+    assert alive[10] <= 13, alive  # ten are gone, but for one or two on their way

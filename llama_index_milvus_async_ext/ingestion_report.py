@@ -18,7 +18,7 @@ class FailedDocument:
         document_id: Its id; None where the stream itself failed, or held something that is no document.
         stage: Where: "read", "look-up", "transform", "embed", "write", "delete" or "docstore".
         error: Why.
-        report: What became of its nodes, if they came to be written.
+        report: What became of its nodes, if they came to be written; those that were have been deleted again.
     """
 
     document_id: str | None

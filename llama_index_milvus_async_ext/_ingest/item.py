@@ -22,7 +22,7 @@ class Item:
         hash: LlamaIndex's hash of it, as it came: transformations may change it.
         chars: How much text it has.
         standing: How it stands in the collection.
-        nodes: What has been made of it.
+        nodes: What has been made of it; until they are written.
         keys: The primary keys of its nodes.
         is_closed: Whether nothing more is done about it.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import warnings
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from llama_index_milvus_async_ext._store.writing import Write
 from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 
 _WEIGHT_CHARS = 16_384  # a document of more text weighs more than one that is looked up
+# Half a request each: four of these are under way at the most, as a node that has been embedded takes 16 kB and more.
 _WRITES_AT_ONCE = 4
 
 
@@ -85,7 +87,7 @@ class Ingestion:
     # --- stages
 
     def _stages(self) -> list[Stage]:
-        rows = self._store.batch_size
+        rows = max(self._store.batch_size // 2, 1)
         # Milvus Lite goes through the whole collection for each look-up, whatever it asks for.
         looked_up = 2_000 if self._is_lite else 500
         stages = [
@@ -260,9 +262,10 @@ class Ingestion:
             records += [record_bytes(item.version, item.keys, self._job.source)] * len(item.nodes)
         # In full: else rows could come that a run which begins meanwhile has not seen when it looked.
         report = await in_full(self._written(nodes, records))
-        if report.ok:
-            return writable
-        return self._without_failures(writable, report)
+        done = writable if report.ok else await self._without_failures(writable, report)
+        for item in done:
+            item.nodes = []  # what waits to be settled needs them no longer, and they take the most memory
+        return done
 
     async def _written(self, nodes: list[BaseNode], records: list[bytes]) -> WriteReport:
         report = await Write(self._store, self._connected, self._port, nodes, records=records).run()
@@ -270,7 +273,7 @@ class Ingestion:
         self._tally.retries += report.retries
         return report
 
-    def _without_failures(self, items: list[Item], report: WriteReport) -> list[Item]:
+    async def _without_failures(self, items: list[Item], report: WriteReport) -> list[Item]:
         owners = {id(node): item for item in items for node in item.nodes}
         failed: dict[int, tuple[Item, list[FailedNode], list[FailedNode]]] = {}
         for number, losses in enumerate((report.failed, report.unknown)):
@@ -278,6 +281,10 @@ class Ingestion:
                 item = owners[id(each.node)]
                 entry = failed.setdefault(id(item), (item, [], []))
                 (entry[2] if number else entry[1]).append(each)
+        # Else each run would leave some more of a document that can never be stored as a whole.
+        halves = [key for item, *_ in failed.values() for key in set(item.keys).difference(item.standing.stale)]
+        with contextlib.suppress(Exception):  # the next run that succeeds deletes them
+            await in_full(self._records.delete(halves))
         for item, refused, unknown in failed.values():
             lost = {id(each.node) for each in (*refused, *unknown)}
             written = [node.node_id for node in item.nodes if id(node) not in lost]

@@ -145,7 +145,7 @@ class Settling:
         return list(items)
 
     def _count(self, item: Item) -> None:
-        if item.standing.is_whole or not (item.nodes or item.standing.is_known):
+        if item.standing.is_whole or not (item.keys or item.standing.is_known):
             self._tally.unchanged += 1
         elif item.standing.is_known:
             self._tally.replaced += 1

@@ -80,6 +80,8 @@ class RowEncoder:
         self._dim = int(schema.params(embedding_field).get("dim", 0)) if embedding_field else 0
         self._columns = [f["name"] for f in schema.fields]
         self._forbidden = schema.function_outputs
+        self._recent_record: bytes | None = None
+        self._record_end = b""
         key = schema.primary_key
         self._key_name = key.name
         self._key_problem: tuple[str, str] | None = None
@@ -225,7 +227,9 @@ class RowEncoder:
         if record is not None:
             if RECORD_FIELD in entity:
                 raise _refused(node, f"its metadata has the key {RECORD_FIELD!r}, this package's own", "rename the key")
-            dynamic = b'%s,"%s":%s}' % (dynamic[:-1], RECORD_FIELD.encode(), record)
+            if record is not self._recent_record:  # the nodes of a document have the same
+                self._recent_record, self._record_end = record, b',"%s":%s}' % (RECORD_FIELD.encode(), record)
+            dynamic = dynamic[:-1] + self._record_end
         if len(dynamic) > MAX_DYNAMIC_BYTES:
             raise _refused(
                 node,

@@ -13,9 +13,9 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.event_handlers import BaseEventHandler
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy, WriteReport
-from llama_index_milvus_async_ext import writer as writer_module
+from llama_index_milvus_async_ext._ingest import embed_and_write
+from llama_index_milvus_async_ext._ingest.embed_and_write import explained
 from llama_index_milvus_async_ext._milvus.errors import StatusFailure
-from llama_index_milvus_async_ext._store.parts import Part
 from llama_index_milvus_async_ext.events import MilvusWriteEvent
 from llama_index_milvus_async_ext.report import FailedNode
 from tests.conftest import MakeNodes
@@ -74,23 +74,10 @@ def test_the_embedding_models_error_takes_the_place_of_the_stores_and_of_nothing
     without, rejected = failed("a", 0), failed("b", 2)
     report = WriteReport(["c"], [without, rejected], [failed("d", 1)], retries=3, elapsed_seconds=2.0)
     error = RuntimeError("out of memory")
-    part = Part([], [], errors={id(f.node): error for f in (without, rejected)}, report=report)
-    explained = part.explained()
-    assert explained.failed == [FailedNode(without.node, error, 0, True), rejected]
-    assert replace(explained, failed=report.failed) == report
-
-
-def test_parts_that_are_written_together_keep_the_errors_of_each() -> None:
-    nodes = [failed(name, 0) for name in "abc"]
-    errors = [RuntimeError("of the first"), RuntimeError("of the second")]
-    first, second = (
-        Part([f.node], [f.node], errors={id(f.node): error}) for f, error in zip(nodes, errors, strict=False)
-    )
-    first.join(Part([nodes[2].node], []))
-    first.join(second)
-    first.report = WriteReport([], nodes, [])
-    assert [f.error for f in first.explained().failed] == [*errors, nodes[2].error]
-    assert [node.node_id for node in first.nodes] == ["a", "c", "b"]
+    mended = explained(report, {id(f.node): error for f in (without, rejected)})
+    assert mended.failed == [FailedNode(without.node, error, 0, True), rejected]
+    assert replace(mended, failed=report.failed) == report
+    assert explained(report, {}) is report
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -102,7 +89,7 @@ async def test_a_writers_report_has_the_retries_of_all_its_parts(
     monkeypatch: pytest.MonkeyPatch,
     is_async: bool,
 ) -> None:
-    monkeypatch.setattr(writer_module, "_NODES_PER_PART", 10)
+    monkeypatch.setattr(embed_and_write, "_NODES_PER_PART", 10)
     store.batch_size = 10
     rejected = proxy.script(rate_limit(), method=WRITES, on=lambda number: number in (1, 2, 4, 6))
     writer = AsyncMilvusWriter(vector_store=store, show_progress=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -84,7 +84,7 @@ class EmbedAndWrite:
 
     def report(self) -> WriteReport:
         """What is known of each node; what was not handed to the store was not written."""
-        parts = [self._explained(part) for part in self._written if part.report is not None]
+        parts = [explained(part.report, self._errors) for part in self._written if part.report is not None]
         report = WriteReport.merged(parts, time.perf_counter() - self._started)
         rest = self._nodes[len(report.written) + len(report.failed) + len(report.unknown) :]
         if rest:
@@ -160,19 +160,21 @@ class EmbedAndWrite:
         kept = {each.node.ref_doc_id for each in (*report.failed, *report.unknown)}
         return [key for document, keys in earlier.items() if document not in kept for key in keys]
 
-    def _explained(self, part: _Part) -> WriteReport:
-        """A report, with the model's error where the store could only say that there is no embedding."""
-        report = part.report
-        assert report is not None
-        if not self._errors:
-            return report
-        failed = [
-            FailedNode(each.node, self._errors[id(each.node)], 0, True)
-            if id(each.node) in self._errors and not each.attempts
-            else each
-            for each in report.failed
-        ]
-        return replace(report, failed=failed)
+
+def explained(report: WriteReport, errors: Mapping[int, Exception]) -> WriteReport:
+    """A report, with the model's error where the store could only say that there is no embedding.
+
+    Args:
+        report: The report.
+        errors: Those of the model, by the `id()` of the node.
+    """
+    if not errors:
+        return report
+    failed = [
+        FailedNode(each.node, errors[id(each.node)], 0, True) if id(each.node) in errors and not each.attempts else each
+        for each in report.failed
+    ]
+    return replace(report, failed=failed)
 
 
 def _weight(part: _Part) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import inspect
@@ -10,7 +11,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from typing import Any, Literal, TypeVar, cast
 
 from llama_index.core.ingestion import IngestionPipeline
-from llama_index.core.schema import Document, TransformComponent
+from llama_index.core.schema import BaseNode, Document, TransformComponent
 from llama_index_instrumentation import get_dispatcher
 
 from llama_index_milvus_async_ext._flow.threads import Calls, OwnThread, WaitingThread
@@ -181,7 +182,7 @@ def ingest(
 
 
 def _check(documents: Documents, on_failure: str) -> None:
-    if not isinstance(documents, (Iterable, AsyncIterable)):
+    if not isinstance(documents, (Iterable, AsyncIterable)) or isinstance(documents, (str, bytes, BaseNode)):
         raise TypeError(f"documents must be an iterable or an async iterable, got {type(documents).__name__}")
     if on_failure not in ("raise", "collect"):
         raise ValueError(f'on_failure must be "raise" or "collect", got {on_failure!r}')
@@ -191,6 +192,7 @@ async def _run(
     job: Job, stream: Documents, reader: Calls, embed: list[Embed], tally: Tally, *, awaits: bool
 ) -> IngestionReport:
     transforming = Transforming(job.steps.groups, job.num_workers, awaits)
+    transforming.check()
     try:
         async with _opened(job) as store:
             connected, port = store.live(), LoopPort.current()
@@ -237,7 +239,8 @@ def _all_of(pipeline: IngestionPipeline, documents: Documents) -> Documents:
 async def _after(first: AsyncIterable[Any], then: Iterable[Any]) -> AsyncIterator[Any]:
     async for element in first:
         yield element
-    for element in then:
+    iterator, ended = iter(then), object()
+    while (element := await asyncio.to_thread(next, iterator, ended)) is not ended:
         yield element
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import pickle
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llama_index_milvus_async_ext.report import WriteReport
@@ -95,7 +96,8 @@ class IngestionError(RuntimeError):
         self.report = report
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.report,))
+        failed = [replace(each, error=_that_pickles(each.error)) for each in self.report.failed]
+        return (type(self), (replace(self.report, failed=failed),))
 
     def __str__(self) -> str:
         failed = self.report.failed
@@ -107,3 +109,12 @@ class IngestionError(RuntimeError):
             lines.append(f"  and {len(failed) - _EXAMPLES_IN_MESSAGE} more")
         lines.append("All of them are in the .report of this error. What they held before is still there.")
         return "\n".join(lines)
+
+
+def _that_pickles(error: BaseException) -> BaseException:
+    """The error, or one that says the same where it would not survive its pickling: those of some services don't."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

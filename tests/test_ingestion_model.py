@@ -149,8 +149,11 @@ def test_settings_that_decide_what_is_made_are_described_and_others_are_not() ->
     ]
     assert {described(each) for each in same} == {described(base)}
     assert len({described(base), *map(described, others)}) == 1 + len(others)
-    deep = [Remote(settings={"deep": [{"api_key": key, "size": 2}]}) for key in ("k", "l")]
+    deep = [Remote(settings=[{"class_name": "Part", "api_key": key, "size": 2}]) for key in ("k", "l")]
     assert described(deep[:1]) == described(deep[1:])
+    own = [Remote(settings={"device": device}) for device in ("pump", "fan")]
+    assert described(own[:1]) != described(own[1:]), "a name in a dict of the user's own"
+    assert described([Remote(settings={"a", "b"})]) == described([Remote(settings={"b", "a"})])
     assert described([Remote(settings=object())]) == described([Remote(settings=object())]), (
         "not where it lies in memory"
     )

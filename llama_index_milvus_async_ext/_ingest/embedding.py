@@ -81,10 +81,15 @@ async def embed_nodes(nodes: Sequence[BaseNode], embed: Embed) -> dict[int, Exce
     Returns:
         The errors of the nodes that could not be embedded, by their places.
     """
-    texts = [node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
+    texts: dict[int, str] = {}
     errors: dict[int, Exception] = {}
+    for place, node in enumerate(nodes):
+        try:
+            texts[place] = node.get_content(metadata_mode=MetadataMode.EMBED)
+        except Exception as error:  # of a template of the node's own
+            errors[place] = error
     refusals = 0
-    waiting = [range(len(texts))] if texts else []
+    waiting = [list(texts)] if texts else []
     while waiting:
         places = waiting.pop()
         try:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship
 
 from llama_index_milvus_async_ext._ingest.standing import Standing
 from llama_index_milvus_async_ext._milvus.schema import ID_FIELD
+from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 
-_OF_NO_DOCUMENT = ("", "None")  # what LlamaIndex stores for nodes without a document
+OF_NO_DOCUMENT = ("", "None")  # what LlamaIndex stores for nodes without a document
+_WEIGHT_CHARS = 16_384  # a document of more text weighs more than one that is looked up
+_RANDOM = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")  # a UUID of version 4
 
 
 class Item:
@@ -25,9 +30,13 @@ class Item:
         nodes: What has been made of it; until they are written.
         keys: The primary keys of its nodes.
         is_closed: Whether nothing more is done about it.
+        is_duplicate: Whether another document of the same content stands for it.
     """
 
-    __slots__ = ("chars", "document", "document_id", "hash", "is_closed", "keys", "nodes", "standing", "version")
+    __slots__ = (
+        *("chars", "document", "document_id", "hash", "is_closed", "is_duplicate", "keys", "nodes", "standing"),
+        "version",
+    )
 
     def __init__(self, document: BaseNode, document_id: str, version: str, hash_: str) -> None:
         self.document = document
@@ -39,14 +48,25 @@ class Item:
         self.nodes: list[BaseNode] = []
         self.keys: list[Any] = []
         self.is_closed = False
+        self.is_duplicate = False
+
+    @property
+    def unsure_keys(self) -> list[Any]:
+        """The keys that another document's node may have: those that are not random, and not its own already."""
+        own = set(self.standing.stale)
+        return [key for key in self.keys if key not in own and not (isinstance(key, str) and _RANDOM.fullmatch(key))]
+
+
+def copied(document: BaseNode) -> BaseNode:
+    """A document for transformations to work on: the caller's own is left as it came, to be ingested again."""
+    own = {"metadata": dict(document.metadata), "relationships": dict(document.relationships)}
+    return document.model_copy(update=own)
 
 
 def of_document(node: BaseNode, item: Item) -> BaseNode:
     """The node as one of its document: LlamaIndex deletes a document by what its nodes say is their source."""
     if node.ref_doc_id == item.document_id:
         return node
-    if node is item.document:
-        node = node.model_copy()  # the caller's own
     source = item.document.as_related_node_info()
     node.relationships = {**node.relationships, NodeRelationship.SOURCE: source}
     return node
@@ -58,7 +78,7 @@ def check_id(document_id: str) -> None:
     Raises:
         ValueError: It can't be looked up, or stands for something else.
     """
-    if document_id in _OF_NO_DOCUMENT:
+    if document_id in OF_NO_DOCUMENT:
         raise ValueError(f"a document's id can't be {document_id!r}: nodes of no document are stored like this")
     document_id.encode()  # what is not valid Unicode can't be looked up
 
@@ -84,3 +104,30 @@ def remedy_for_keys(key_name: str) -> str:
     if key_name == ID_FIELD:
         return "have the splitter's id_func make another of each document and place"
     return f"have a transformation set metadata[{key_name!r}], the collection's primary key, for each node"
+
+
+def weight_of_text(item: Item) -> int:
+    """What a document weighs where its text is what takes memory."""
+    return 1 + item.chars // _WEIGHT_CHARS
+
+
+def weight_of_nodes(item: Item) -> int:
+    """What a document weighs where its nodes are."""
+    return max(len(item.nodes), 1)
+
+
+def losses_of(items: Sequence[Item], report: WriteReport) -> list[tuple[Item, WriteReport]]:
+    """The documents of which a write has not written all nodes, each with the report of its own."""
+    owners = {id(node): item for item in items for node in item.nodes}
+    lost: dict[int, tuple[Item, list[FailedNode], list[FailedNode]]] = {}
+    for number, nodes in enumerate((report.failed, report.unknown)):
+        for each in nodes:
+            item = owners[id(each.node)]
+            entry = lost.setdefault(id(item), (item, [], []))
+            (entry[2] if number else entry[1]).append(each)
+    losses = []
+    for item, failed, unknown in lost.values():
+        without = {id(each.node) for each in (*failed, *unknown)}
+        written = [node.node_id for node in item.nodes if id(node) not in without]
+        losses.append((item, WriteReport(written, failed, unknown, report.retries, report.elapsed_seconds)))
+    return losses

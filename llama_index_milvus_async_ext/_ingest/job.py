@@ -107,6 +107,8 @@ def job_of(
     for name, number, least in (("num_workers", num_workers, 1), ("max_failures", max_failures, 0)):
         if number is not None and number < least:
             raise ValueError(f"{name} must be {least} or more, got {number}")
+    if version is not None and not isinstance(version, str) and not callable(version):
+        raise TypeError(f"version must be a text or a function of a document, got {version!r}")
     store = _store_of(pipeline, writers)
     steps = Steps()
     for each in pipeline.transformations:

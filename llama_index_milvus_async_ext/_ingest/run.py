@@ -12,7 +12,18 @@ from llama_index.core.schema import BaseNode, Document
 
 from llama_index_milvus_async_ext._flow.stages import Stage, flow, in_full
 from llama_index_milvus_async_ext._ingest.embedding import Embed, Embedder
-from llama_index_milvus_async_ext._ingest.item import Item, check_id, check_keys, of_document, remedy_for_keys
+from llama_index_milvus_async_ext._ingest.item import (
+    OF_NO_DOCUMENT,
+    Item,
+    check_id,
+    check_keys,
+    copied,
+    losses_of,
+    of_document,
+    remedy_for_keys,
+    weight_of_nodes,
+    weight_of_text,
+)
 from llama_index_milvus_async_ext._ingest.job import Embedding, Job
 from llama_index_milvus_async_ext._ingest.reading import Reading
 from llama_index_milvus_async_ext._ingest.settling import Settling
@@ -23,9 +34,8 @@ from llama_index_milvus_async_ext._milvus.schema import ID_FIELD
 from llama_index_milvus_async_ext._store.open_store import OpenStore
 from llama_index_milvus_async_ext._store.records import Records
 from llama_index_milvus_async_ext._store.writing import Write
-from llama_index_milvus_async_ext.report import FailedNode, WriteReport
+from llama_index_milvus_async_ext.report import WriteReport
 
-_WEIGHT_CHARS = 16_384  # a document of more text weighs more than one that is looked up
 # Half a request each: four of these are under way at the most, as a node that has been embedded takes 16 kB and more.
 _WRITES_AT_ONCE = 4
 
@@ -67,6 +77,7 @@ class Ingestion:
         self._is_lite = connected.endpoint.is_lite
         self._key_name = ID_FIELD
         self._open: dict[str, asyncio.Event] = {}  # documents that are under way, by their ids
+        self._written_by: dict[Any, str] = {}  # those, by the primary keys of their nodes
         self._has_warned: set[str] = set()
 
     async def run(self, key_name: str) -> None:
@@ -78,8 +89,7 @@ class Ingestion:
         if self._reading.error is not None:
             self._tally.fail(None, "read", self._reading.error)
         # What could not be read may be any of those that seem to be missing.
-        is_known = all(each.document_id is not None for each in self._tally.failed)
-        if is_known and not self._tally.gave_up:
+        if not self._tally.gave_up and all(each.document_id is not None for each in self._tally.failed):
             with self._tally.stopwatch("delete"):
                 await self._settling.delete_missing()
         self._settling.tell([])
@@ -98,7 +108,7 @@ class Ingestion:
                 most=looked_up,
                 least=looked_up // 2,
                 capacity=looked_up,
-                weigh=_weight_of_text,
+                weigh=weight_of_text,
             )
         ]
         for number in range(len(self._job.steps.groups)):
@@ -108,7 +118,7 @@ class Ingestion:
                     self._transformed_by(number),
                     at_once=self._transforming.at_once,
                     capacity=4 * self._transforming.at_once,
-                    weigh=_weight_of_text,
+                    weigh=weight_of_text,
                 )
             )
             if number < len(self._job.steps.embeddings):
@@ -122,7 +132,7 @@ class Ingestion:
                         most=embedder.texts,
                         least=embedder.texts,
                         capacity=embedder.at_once * embedder.texts,
-                        weigh=_weight_of_nodes,
+                        weigh=weight_of_nodes,
                     )
                 )
         write = Stage(
@@ -132,7 +142,7 @@ class Ingestion:
             most=rows,
             least=max(rows // 2, 1),
             capacity=rows,
-            weigh=_weight_of_nodes,
+            weigh=weight_of_nodes,
         )
         settle = Stage("settle", self._settle, most=1_000, least=100, capacity=1_000)
         return [*stages, write, settle]
@@ -151,6 +161,9 @@ class Ingestion:
                     f"the stream holds document {item.document_id[:80]!r} more than once: the last one counts"
                 )
                 await earlier.wait()
+            original = self._settling.original_of(item)
+            if original in self._open:
+                await self._open[original].wait()
             self._open[item.document_id] = asyncio.Event()
             yield item
 
@@ -180,9 +193,8 @@ class Ingestion:
             return None
 
     def _warn_once(self, message: str) -> None:
-        kind = message[:20]
-        if kind not in self._has_warned:
-            self._has_warned.add(kind)
+        if message[:20] not in self._has_warned:
+            self._has_warned.add(message[:20])
             warnings.warn(message, UserWarning, stacklevel=2)
 
     async def _look_up(self, items: list[Item]) -> list[Item]:
@@ -194,11 +206,25 @@ class Ingestion:
         unchanged: list[Item] = []
         for item in items:
             item.standing = standing(rows.of(item.document_id), item.version)
-            is_there = item.standing.is_whole or self._settling.is_duplicate(item)
-            (unchanged if is_there else changed).append(item)
+            (unchanged if item.standing.is_whole else changed).append(item)
+        try:
+            await self._mark_duplicates(changed)
+        except Exception as error:
+            self._fail(changed, "look-up", error)
+            changed = []
+        unchanged += [item for item in changed if item.is_duplicate]
         if unchanged:
             await self._settle(unchanged)
-        return changed
+        return [item for item in changed if not item.is_duplicate]
+
+    async def _mark_duplicates(self, items: list[Item]) -> None:
+        """Find those documents that another one stands for: which is there, whole, with the same content."""
+        originals = {item.document_id: self._settling.original_of(item) for item in items}
+        rows = await self._records.rows_of(list({each for each in originals.values() if each is not None}))
+        for item in items:
+            original = originals[item.document_id]
+            if original is not None:
+                item.is_duplicate = standing(rows.of(original), item.version).is_whole
 
     def _transformed_by(self, group: int) -> Any:
         async def transform(items: list[Item]) -> list[Item]:
@@ -208,7 +234,7 @@ class Ingestion:
                     self._close(item)
                     continue
                 try:
-                    nodes = item.nodes if group else [item.document]
+                    nodes = item.nodes if group else [copied(item.document)]
                     item.nodes = await self._transforming.transform(group, nodes)
                     if group == len(self._job.steps.groups) - 1:
                         item.nodes = [of_document(node, item) for node in item.nodes]
@@ -241,31 +267,39 @@ class Ingestion:
         return work
 
     async def _write(self, items: list[Item]) -> list[Item]:
-        taken: dict[Any, Item] = {}
-        writable = []
         for item in items:
-            other = next((taken[key] for key in item.keys if key in taken), None)
-            if other is not None:
-                message = (
-                    f"documents {other.document_id!r} and {item.document_id!r} have nodes of the same "
-                    f"{self._key_name}; {remedy_for_keys(self._key_name)}"
-                )
-                self._fail([item], "write", ValueError(message))
-                continue
-            taken.update(dict.fromkeys(item.keys, item))
-            writable.append(item)
+            others = [self._written_by.get(key, item.document_id) for key in item.keys]
+            self._fail_shared(item, next((each for each in others if each != item.document_id), None))
+            if not item.is_closed:
+                self._written_by.update(dict.fromkeys(item.keys, item.document_id))
+        unsure = {key: item for item in items if not item.is_closed for key in item.unsure_keys}
+        try:
+            owners = await self._records.owners(list(unsure))
+        except Exception as error:
+            self._fail([item for item in items if not item.is_closed], "look-up", error)
+            return []
+        for key, owner in owners.items():
+            if owner not in (unsure[key].document_id, *OF_NO_DOCUMENT):
+                self._fail_shared(unsure[key], owner)
+        writable = [item for item in items if not item.is_closed]
         nodes = [node for item in writable for node in item.nodes]
         if not nodes:
             return writable
         records: list[bytes] = []
         for item in writable:
             records += [record_bytes(item.version, item.keys, self._job.source)] * len(item.nodes)
-        # In full: else rows could come that a run which begins meanwhile has not seen when it looked.
+        # In full: else rows could come that a run which begins meanwhile has not seen.
         report = await in_full(self._written(nodes, records))
-        done = writable if report.ok else await self._without_failures(writable, report)
-        for item in done:
-            item.nodes = []  # what waits to be settled needs them no longer, and they take the most memory
-        return done
+        written = writable if report.ok else await self._without_failures(writable, report)
+        for item in written:
+            item.nodes = []  # they take the most memory
+        return written
+
+    def _fail_shared(self, item: Item, other: str | None) -> None:
+        """Refuse a document that would take another one's nodes away, if there is such a one."""
+        if other is not None and not item.is_closed:
+            names = f"documents {other!r} and {item.document_id!r} have nodes of the same {self._key_name}"
+            self._fail([item], "write", ValueError(f"{names}; {remedy_for_keys(self._key_name)}"))
 
     async def _written(self, nodes: list[BaseNode], records: list[bytes]) -> WriteReport:
         report = await Write(self._store, self._connected, self._port, nodes, records=records).run()
@@ -274,22 +308,13 @@ class Ingestion:
         return report
 
     async def _without_failures(self, items: list[Item], report: WriteReport) -> list[Item]:
-        owners = {id(node): item for item in items for node in item.nodes}
-        failed: dict[int, tuple[Item, list[FailedNode], list[FailedNode]]] = {}
-        for number, losses in enumerate((report.failed, report.unknown)):
-            for each in losses:
-                item = owners[id(each.node)]
-                entry = failed.setdefault(id(item), (item, [], []))
-                (entry[2] if number else entry[1]).append(each)
+        failed = losses_of(items, report)
         # Else each run would leave some more of a document that can never be stored as a whole.
-        halves = [key for item, *_ in failed.values() for key in set(item.keys).difference(item.standing.stale)]
+        halves = [key for item, _ in failed for key in set(item.keys).difference(item.standing.stale)]
         with contextlib.suppress(Exception):  # the next run that succeeds deletes them
             await in_full(self._records.delete(halves))
-        for item, refused, unknown in failed.values():
-            lost = {id(each.node) for each in (*refused, *unknown)}
-            written = [node.node_id for node in item.nodes if id(node) not in lost]
-            part = WriteReport(written, refused, unknown, report.retries, report.elapsed_seconds)
-            self._fail([item], "write", (*refused, *unknown)[0].error, part)
+        for item, part in failed:
+            self._fail([item], "write", (*part.failed, *part.unknown)[0].error, part)
         return [item for item in items if not item.is_closed]
 
     async def _settle(self, items: list[Item]) -> list[Item]:
@@ -313,18 +338,13 @@ class Ingestion:
     def _close(self, item: Item) -> None:
         """Nothing more is done about a document: another one of its id may come."""
         item.is_closed = True
-        item.nodes = []  # who still holds the document needs them no longer, and they take the most memory
+        for key in item.keys:
+            if self._written_by.get(key) == item.document_id:
+                del self._written_by[key]
+        item.nodes = []
         ended = self._open.pop(item.document_id, None)
         if ended is not None:
             ended.set()
 
     def _key_of(self, node: BaseNode) -> Any:
         return node.node_id if self._key_name == ID_FIELD else node.metadata.get(self._key_name)
-
-
-def _weight_of_text(item: Item) -> int:
-    return 1 + item.chars // _WEIGHT_CHARS
-
-
-def _weight_of_nodes(item: Item) -> int:
-    return max(len(item.nodes), 1)

@@ -53,12 +53,14 @@ class Settling:
         if self._job.deletes_missing or self._deletes_unrecorded:
             self._seen.add(document_id)
 
-    def is_duplicate(self, item: Item) -> bool:
-        """Whether another document of the same content makes this one superfluous, as the docstore is to be used."""
+    def original_of(self, item: Item) -> str | None:
+        """The document of the same content that came first, if such documents are left out and it stays."""
         if self._job.docstore is None or self._job.docstore_strategy != DocstoreStrategy.DUPLICATES_ONLY:
-            return False
+            return None
         other = self._recorded.setdefault(item.hash, item.document_id)
-        return other != item.document_id
+        if other == item.document_id or (self._job.deletes_missing and other not in self._seen):
+            return None
+        return other
 
     async def settle(self, items: Sequence[Item]) -> None:
         """Settle documents; one that fails to be is reported."""
@@ -130,7 +132,7 @@ class Settling:
         new = [item for item in items if self._hashes.get(item.document_id) != item.hash]
         if docstore is None or not new:
             return list(items)
-        new = [item for item in new if not self.is_duplicate(item)]
+        new = [item for item in new if not item.is_duplicate]
         try:
             for item in new:
                 if item.document_id in self._hashes:
@@ -142,6 +144,7 @@ class Settling:
                 self._tally.fail(item.document_id, "docstore", error)
             return [item for item in items if item not in new]
         self._hashes.update((item.document_id, item.hash) for item in new)
+        self._recorded.update((item.hash, item.document_id) for item in new)
         return list(items)
 
     def _count(self, item: Item) -> None:

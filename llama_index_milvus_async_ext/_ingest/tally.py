@@ -34,7 +34,10 @@ class Tally:
     @contextlib.contextmanager
     def shown(cls, show_progress: bool, documents: object, max_failures: int | None) -> Iterator[Tally]:
         """A tally whose progress bar is shown, if it is to be; what interrupts the run carries the report so far."""
-        total = len(documents) if hasattr(documents, "__len__") else None
+        total = None
+        if show_progress:
+            with contextlib.suppress(Exception):  # not every stream that has a length knows it
+                total = len(documents)  # type: ignore[arg-type]
         # `tqdm.auto` only where a bar is shown: its import alone warns in a notebook that has no ipywidgets.
         bars = importlib.import_module("tqdm.auto" if show_progress else "tqdm").tqdm
         with bars(total=total, desc="Ingesting into Milvus", unit="document", disable=not show_progress) as bar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -18,7 +19,9 @@ from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, TransformComponent
 
 from llama_index_milvus_async_ext._flow.threads import OwnThread
+from llama_index_milvus_async_ext._ingest.versions import described
 
+_DEATHS = 2  # of workers that were given their first document
 _THREADS = 2  # one to work, one to wait: Python runs one at a time
 
 _of_this_process: list[Sequence[TransformComponent]] = []
@@ -44,6 +47,27 @@ class Transforming:
         self._idle: list[OwnThread] = []
         self._executor: Executor | None = None
         self._alone = asyncio.Lock()
+        self._has_worked = False
+        self._deaths = 0
+        self._dead: RuntimeError | None = None
+
+    def check(self) -> None:
+        """Look whether worker processes get what they need: what does not pickle, LlamaIndex leaves out without a word.
+
+        Raises:
+            ValueError: A transformation arrives there as another.
+        """
+        for each in itertools.chain(*self._groups) if self._num_workers else ():
+            try:
+                arrived = pickle.loads(pickle.dumps(each))
+                is_same = described([arrived]) == described([each])
+            except Exception as error:
+                raise ValueError(f"{type(each).__name__} does not pickle ({error}): leave num_workers out") from error
+            if not is_same:
+                raise ValueError(
+                    f"{type(each).__name__} arrives in a worker process with other settings, as some of them do not "
+                    "pickle (a lambda, perhaps): use functions of a module, or leave num_workers out"
+                )
 
     async def transform(self, group: int, nodes: list[BaseNode]) -> list[BaseNode]:
         """What the transformations of a group make of these nodes.
@@ -82,10 +106,14 @@ class Transforming:
             self._idle.append(thread)  # what was cancelled goes on: the next call waits for its end
 
     async def _in_process(self, group: int, nodes: list[BaseNode]) -> list[BaseNode]:
+        if self._dead is not None:
+            raise self._dead
         executor = self._processes()
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(executor, _transformed_here, group, nodes)
+            made = await loop.run_in_executor(executor, _transformed_here, group, nodes)
+            self._has_worked = True
+            return made
         except BrokenProcessPool:
             pass
         # Each document that was with the workers finds them dead, and one of them was the cause.
@@ -93,8 +121,23 @@ class Transforming:
             if self._executor is executor:
                 executor.shutdown(wait=False)
                 self._executor = None
+            if self._dead is not None:
+                raise self._dead
             with contextlib.closing(_Alone(self._new_processes(1))) as alone:
-                return await loop.run_in_executor(alone.executor, _transformed_here, group, nodes)
+                try:
+                    made = await loop.run_in_executor(alone.executor, _transformed_here, group, nodes)
+                except BrokenProcessPool as error:
+                    if not self._has_worked:  # nothing ever did: each further document would cost seconds
+                        self._deaths += 1
+                        if self._deaths >= _DEATHS:
+                            self._dead = RuntimeError(
+                                "no worker process could be begun: guard the main module by "
+                                'if __name__ == "__main__", or leave num_workers out'
+                            )
+                            self._dead.__cause__ = error
+                    raise
+                self._has_worked = True
+                return made
 
     def _processes(self) -> Executor:
         if self._executor is None:
@@ -141,4 +184,11 @@ def _begin_process(pickled_groups: bytes) -> None:
 
 
 def _transformed_here(group: int, nodes: list[BaseNode]) -> list[BaseNode]:
-    return transformed(_of_this_process[group], nodes)
+    try:
+        return transformed(_of_this_process[group], nodes)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # on its way back it would take the pool along
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        raise

@@ -36,7 +36,8 @@ def version_of(document: BaseNode, pipeline_version: str, source: str, hash_: st
     templates = [
         str(getattr(document, name, "")) for name in ("metadata_template", "metadata_separator", "text_template")
     ]
-    shown = json.dumps([*map(list, excluded), *templates])
+    # LlamaIndex's hash reads the metadata as text, in which 1 and "1" are the same: a filter tells them apart.
+    shown = json.dumps([*map(list, excluded), *templates, document.metadata], sort_keys=True, default=repr)
     return digest([pipeline_version, source, document.class_name(), hash_ or document.hash, shown])
 
 
@@ -66,7 +67,11 @@ def _description(transformation: TransformComponent) -> str:
 
 def _relevant(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _relevant(each) for key, each in value.items() if key not in _IRRELEVANT}
+        # Of a component of LlamaIndex's; in a dict of the user's own the same names may mean something else.
+        left_out = _IRRELEVANT if "class_name" in value else frozenset()
+        return {str(key): _relevant(each) for key, each in value.items() if key not in left_out}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))  # whose order is another in each process
     if isinstance(value, (list, tuple)):
         return [_relevant(each) for each in value]
     return value

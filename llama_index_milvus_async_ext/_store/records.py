@@ -112,6 +112,23 @@ class Records:
             )
         return StoredRows(*found.columns())
 
+    async def owners(self, keys: Sequence[Any]) -> dict[Any, str]:
+        """The documents to which the rows of these primary keys belong, for those keys that have a row.
+
+        Raises:
+            MilvusException: As `rows_of`.
+        """
+        if not keys:
+            return {}
+        key = (await calls.schema(self._store, self._connected, self._port)).primary_key
+        fields, collection = [key.name, self._store.doc_id_field], self._store.collection_name
+        found: dict[Any, str] = {}
+        for some in calls.slices(list(keys)):
+            query = calls.query(collection, keys_expression(key, some), None, fields, consistency_level=_STRONG)
+            for row in await calls.call(self._store, self._connected, self._port, query):
+                found[row[key.name]] = row.get(self._store.doc_id_field) or ""
+        return found
+
     async def pages_of_source(self, source: str) -> AsyncIterator[StoredRows]:
         """All rows that came from this source, page by page."""
         key = (await calls.schema(self._store, self._connected, self._port)).primary_key

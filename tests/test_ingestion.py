@@ -54,7 +54,9 @@ def store(lite_uri: str, collection_name: str) -> Iterator[AsyncMilvusVectorStor
 
 
 def plain_store(uri: str, collection_name: str, **options: Any) -> MilvusVectorStore:
-    return MilvusVectorStore(uri=uri, collection_name=collection_name, dim=DIM, consistency_level="Strong", **options)
+    # Milvus Lite closes a connection that pings as often as pymilvus's clients do, for all that share it.
+    options |= {"consistency_level": "Strong", "grpc_options": {"grpc.keepalive_time_ms": 600_000}}
+    return MilvusVectorStore(uri=uri, collection_name=collection_name, dim=DIM, **options)
 
 
 # --- forms of pipelines

@@ -34,6 +34,9 @@ from tests.ingesting import (
     writing_to,
 )
 
+# Milvus Lite closes a connection that pings as often as pymilvus's clients do, for all that share it.
+SELDOM_PINGING = {"grpc.keepalive_time_ms": 600_000}
+
 both = pytest.mark.parametrize("run", BOTH, ids=BOTH_NAMES)
 
 
@@ -243,7 +246,8 @@ def test_rows_that_an_index_wrote_of_the_same_documents_are_replaced(
 @both
 def test_rows_that_the_plain_store_wrote_are_replaced(lite_uri: str, collection_name: str, run: Ingest) -> None:
     async def main() -> MilvusVectorStore:
-        plain = MilvusVectorStore(uri=lite_uri, collection_name=collection_name, dim=DIM, consistency_level="Strong")
+        options: Any = {"dim": DIM, "consistency_level": "Strong", "grpc_options": SELDOM_PINGING}
+        plain = MilvusVectorStore(uri=lite_uri, collection_name=collection_name, **options)
         IngestionPipeline(transformations=[Lines(), Model()], vector_store=plain).run(documents=docs(3, lines=5))
         return plain
 
@@ -295,7 +299,7 @@ def test_the_plain_store_reads_what_was_ingested_as_its_own(
 
         async def read() -> None:
             options: Any = {"collection_name": collection_name, "dim": DIM, "consistency_level": "Strong"}
-            plain = MilvusVectorStore(uri=backend.uri, **options)
+            plain = MilvusVectorStore(uri=backend.uri, grpc_options=SELDOM_PINGING, **options)
             for each in (plain, store):
                 found = each.get_nodes(node_ids=list(plain_nodes))
                 assert len(found) == len(plain_nodes)
@@ -309,6 +313,7 @@ def test_the_plain_store_reads_what_was_ingested_as_its_own(
                 for found in (each.query(query), await each.aquery(query)):
                     assert len(found.nodes or []) == 5
                     assert all("_ingestion" not in node.to_json() for node in found.nodes or [])
+            await plain.aclient.close()
             plain.client.close()
 
         asyncio.run(read())

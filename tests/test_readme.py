@@ -8,10 +8,12 @@ import enum
 import importlib.util
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_index_instrumentation import get_dispatcher
 
 from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy
 
@@ -54,6 +56,15 @@ needs_demo = pytest.mark.skipif(
 
 
 @pytest.fixture
+def without_handlers_afterwards() -> Iterator[None]:
+    """What a snippet adds to LlamaIndex's instrumentation is taken away again: it would print in other tests."""
+    root = get_dispatcher("root")
+    before = list(root.event_handlers)
+    yield
+    root.event_handlers[:] = before
+
+
+@pytest.fixture
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -63,7 +74,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("default")  # PyTorch's and others' own
-@pytest.mark.usefixtures("in_an_empty_folder")
+@pytest.mark.usefixtures("in_an_empty_folder", "without_handlers_afterwards")
 def test_scripts_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
     scripts = [snippet for snippet in snippets() if snippet.is_script]
     assert scripts
@@ -76,7 +87,7 @@ def test_scripts_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("default")
-@pytest.mark.usefixtures("in_an_empty_folder")
+@pytest.mark.usefixtures("in_an_empty_folder", "without_handlers_afterwards")
 @pytest.mark.parametrize("page", [README, SCALING], ids=["README", "scaling"])
 def test_snippets_run_one_after_the_other_inside_a_running_loop(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     async def run() -> None:

@@ -15,6 +15,7 @@ import pytest
 from pymilvus import MilvusClient, MilvusException
 
 from tests.servers import LiteServer, MilvusServer, ServerProcess
+from tests.waiting import blocked_until
 
 ROWS = [{"id": number, "vector": [float(number)] * 4} for number in range(500)]
 
@@ -100,7 +101,7 @@ def test_a_frozen_server_keeps_its_callers_waiting_and_goes_on(
     server.start()
     client = connect()
     server.freeze()
-    assert not server.is_ready()
+    blocked_until(lambda: not server.is_ready())
     started = time.monotonic()
     with pytest.raises(grpc.RpcError) as raised:
         client.list_collections(timeout=0.5)

@@ -371,6 +371,23 @@ def test_an_interruption_within_a_call_cancels_the_coroutine() -> None:
     assert not [each for each in threading.enumerate() if each.name.endswith("-flow")]
 
 
+def test_an_interruption_as_the_thread_beside_begins_cancels_the_coroutine(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name.endswith("-flow"):
+            raise KeyboardInterrupt
+
+    async def main(_: WaitingThread) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        WaitingThread().run(main)
+    assert not [each for each in threading.enumerate() if each.name.endswith("-flow")]
+
+
 def test_an_interruption_before_the_coroutine_has_begun_cancels_it_too() -> None:
     may_begin = threading.Event()
 

@@ -104,6 +104,7 @@ class WaitingThread:
         self._task: asyncio.Task[Any] | None = None
         self._result: Any = None
         self._error: BaseException | None = None
+        self._has_begun = threading.Event()
         self._is_interrupted = False
 
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -123,8 +124,8 @@ class WaitingThread:
         daemon = here.daemon or here is threading.main_thread()
         run = contextvars.copy_context().run
         beside = threading.Thread(target=run, args=(self._run, make), name=f"{here.name}-flow", daemon=daemon)
-        beside.start()
         try:
+            beside.start()  # which waits for it to begin, and may be interrupted
             while (call := self._calls.get()) is not None:
                 call.make()
         except BaseException:
@@ -137,6 +138,8 @@ class WaitingThread:
         return result
 
     def _run(self, make: Callable[[WaitingThread], Coroutine[Any, Any, Any]]) -> None:
+        self._has_begun.set()
+
         async def main() -> Any:
             self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
             if self._is_interrupted and self._task is not None:  # before it had begun
@@ -159,7 +162,8 @@ class WaitingThread:
         waiting = True
         while waiting:
             try:
-                beside.join(_CANCEL_SECONDS)
+                if self._has_begun.wait(_CANCEL_SECONDS):  # before, it can't be joined
+                    beside.join(_CANCEL_SECONDS)
                 waiting = False
             except KeyboardInterrupt:  # an impatient second Ctrl-C
                 continue

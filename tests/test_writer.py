@@ -310,6 +310,33 @@ def test_what_is_written_again_and_what_could_not_be_replaced_stay(
     }
 
 
+async def test_a_cancelled_writer_has_ended_only_when_its_delete_has(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes, held: Held
+) -> None:
+    """Landing later, it would take what another call has written then, under the ids of a version that is back."""
+    store = AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM, consistency_level="Strong")
+    earlier, later = make_nodes(10, dim=DIM, prefix="first"), make_nodes(4, dim=DIM, prefix="second")
+    for node in later:
+        node.relationships = dict(earlier[0].relationships)
+    store.add(earlier)
+    proxy.script(held, method="Delete")
+    writer = AsyncMilvusWriter(store, replace_documents=True)
+    writing = asyncio.create_task(writer.acall(later))
+    await until(lambda: proxy.in_flight("Delete") == 1)
+    writing.cancel()
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert not writing.done()
+    held.let_go()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    assert writer.last_report is not None and writer.last_report.written == [node.node_id for node in later]
+    store.add(earlier)
+    document = earlier[0].ref_doc_id or ""
+    assert documents_of(store, document)[document] == sorted(node.node_id for node in [*earlier, *later])
+    store.close()
+
+
 async def test_a_cancelled_write_leaves_a_report_of_every_node(
     fault_proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes, held: Held
 ) -> None:

@@ -11,11 +11,11 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import BaseNode
 
 from llama_index_milvus_async_ext._flow.stages import Stage, Stopwatch, flow
-from llama_index_milvus_async_ext._ingest.embedding import Embed, embed_nodes, texts_per_call
+from llama_index_milvus_async_ext._ingest.embedding import Embed, Embedder
 from llama_index_milvus_async_ext._lane.items import CancelledCallError
 from llama_index_milvus_async_ext._lane.port import Port
-from llama_index_milvus_async_ext._milvus.schema import ID_FIELD
 from llama_index_milvus_async_ext._milvus.session import Connected
+from llama_index_milvus_async_ext._nodes.rows import key_of
 from llama_index_milvus_async_ext._store import calls
 from llama_index_milvus_async_ext._store.open_store import OpenStore
 from llama_index_milvus_async_ext._store.records import Records
@@ -23,10 +23,7 @@ from llama_index_milvus_async_ext._store.writing import Write
 from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 
 _NODES_PER_PART = 2_000
-# Two parts are with the model at once: it begins on one while the other's outcome is dealt with.
-_PARTS_AT_ONCE = 2
 _WRITES_AT_ONCE = 6
-_DOCUMENTS_PER_LOOK_UP = 500
 
 
 @dataclass
@@ -78,7 +75,8 @@ class EmbedAndWrite:
         """
         records = Records(self._store, self._connected, port)
         earlier = await self._earlier_rows(port, records) if self._replaces_documents else {}
-        await flow(self._source(), self._stages(port, embed), Stopwatch())
+        embedder = Embedder(self._model, embed) if self._model is not None and embed is not None else None
+        await flow(self._source(embedder), self._stages(port, embedder), Stopwatch())
         if earlier:
             await records.delete(self._replaced(earlier))
 
@@ -94,11 +92,11 @@ class EmbedAndWrite:
 
     # --- stages
 
-    def _stages(self, port: Port, embed: Embed | None) -> list[Stage]:
+    def _stages(self, port: Port, embedder: Embedder | None) -> list[Stage]:
         async def embedded(parts: list[_Part]) -> list[_Part]:
-            assert embed is not None
+            assert embedder is not None
             for part in parts:
-                failed = await embed_nodes(part.missing, embed)
+                failed = await embedder.embed(part.missing)
                 self._errors.update((id(part.missing[place]), error) for place, error in failed.items())
             return parts
 
@@ -117,21 +115,19 @@ class EmbedAndWrite:
         # Half a request is worth one: with whole ones the server has less to do while the model works, and more at
         # the end (both together took 5 to 8 % longer).
         writing = Stage("write", write, _WRITES_AT_ONCE, rows, max(rows // 2, 1), 2 * rows, _weight)
-        if self._model is None:
+        if embedder is None:
             return [writing]
-        at_once = 1 if self._model.num_workers else _PARTS_AT_ONCE
-        return [Stage("embed", embedded, at_once, capacity=_PARTS_AT_ONCE, ordered=True), writing]
+        return [Stage("embed", embedded, embedder.at_once, capacity=embedder.at_once, ordered=True), writing]
 
-    async def _source(self) -> AsyncIterator[_Part]:
-        if self._model is None:
+    async def _source(self, embedder: Embedder | None) -> AsyncIterator[_Part]:
+        if embedder is None:
             size = max(len(self._nodes), 1) if self._bar.disable else _NODES_PER_PART
             for start in range(0, len(self._nodes), size):
                 yield _Part(list(self._nodes[start : start + size]))
             return
-        most_missing = texts_per_call(self._model)
         part = _Part()
         for node in self._nodes:
-            if len(part.missing) >= most_missing or len(part.nodes) >= _NODES_PER_PART:
+            if len(part.missing) >= embedder.texts or len(part.nodes) >= _NODES_PER_PART:
                 yield part
                 part = _Part()
             part.nodes.append(node)
@@ -145,11 +141,11 @@ class EmbedAndWrite:
     async def _earlier_rows(self, port: Port, records: Records) -> dict[str, list[Any]]:
         """The keys of what the documents in hand have in the collection, by document, but for what is written again."""
         documents = list(dict.fromkeys(node.ref_doc_id for node in self._nodes if node.ref_doc_id))
-        key = (await calls.schema(self._store, self._connected, port)).primary_key
-        new = {node.node_id if key.name == ID_FIELD else node.metadata.get(key.name) for node in self._nodes}
+        key_name = (await calls.schema(self._store, self._connected, port)).primary_key.name
+        new = {key_of(node, key_name) for node in self._nodes}
         earlier: dict[str, list[Any]] = {}
-        for start in range(0, len(documents), _DOCUMENTS_PER_LOOK_UP):
-            for row in await records.rows_of(documents[start : start + _DOCUMENTS_PER_LOOK_UP]):
+        async for rows in records.pages_of(documents):
+            for row in rows:
                 if row.key not in new:
                     earlier.setdefault(row.document_id, []).append(row.key)
         return earlier

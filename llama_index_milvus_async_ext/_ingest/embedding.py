@@ -38,11 +38,6 @@ def blocking(model: BaseEmbedding, calls: Calls) -> Embed:
     return embed
 
 
-def texts_per_call(model: BaseEmbedding) -> int:
-    """How many texts a model is given at once: a few of its batches, so that embedding and writing overlap."""
-    return model.embed_batch_size * (model.num_workers or _BATCHES_PER_CALL)
-
-
 class Embedder:
     """Gives nodes to a model, in as many calls at once as it is to have: its `num_workers`, if they are set.
 
@@ -52,10 +47,10 @@ class Embedder:
     Args:
         model: The model.
         embed: The way to it.
-        count: Told how many texts it has taken, after each call.
+        count: Told how many texts it has taken, after each call, if somebody asks.
     """
 
-    def __init__(self, model: BaseEmbedding, embed: Embed, count: Callable[[int], None]) -> None:
+    def __init__(self, model: BaseEmbedding, embed: Embed, count: Callable[[int], None] | None = None) -> None:
         self.at_once = model.num_workers or _CALLS_AT_ONCE
         self.texts = model.embed_batch_size * (1 if model.num_workers else _BATCHES_PER_CALL)
         self._embed = embed
@@ -71,7 +66,8 @@ class Embedder:
         some = nodes[start : start + self.texts]
         async with self._free:
             errors = await embed_nodes(some, self._embed)
-        self._count(len(some) - len(errors))
+        if self._count is not None:
+            self._count(len(some) - len(errors))
         return {start + place: error for place, error in errors.items()}
 
 

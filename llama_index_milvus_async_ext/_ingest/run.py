@@ -31,6 +31,7 @@ from llama_index_milvus_async_ext._ingest.standing import record_bytes, standing
 from llama_index_milvus_async_ext._ingest.tally import Tally
 from llama_index_milvus_async_ext._ingest.transforming import Transforming
 from llama_index_milvus_async_ext._milvus.schema import ID_FIELD
+from llama_index_milvus_async_ext._nodes.rows import key_of
 from llama_index_milvus_async_ext._store.open_store import OpenStore
 from llama_index_milvus_async_ext._store.records import Records
 from llama_index_milvus_async_ext._store.writing import Write
@@ -238,7 +239,7 @@ class Ingestion:
                     item.nodes = await self._transforming.transform(group, nodes)
                     if group == len(self._job.steps.groups) - 1:
                         item.nodes = [of_document(node, item) for node in item.nodes]
-                        item.keys = [self._key_of(node) for node in item.nodes]
+                        item.keys = [key_of(node, self._key_name) for node in item.nodes]
                         check_keys(item, self._key_name)
                 except Exception as error:
                     self._fail([item], "transform", error)
@@ -312,7 +313,7 @@ class Ingestion:
         # Else each run would leave some more of a document that can never be stored as a whole.
         halves = [key for item, _ in failed for key in set(item.keys).difference(item.standing.stale)]
         with contextlib.suppress(Exception):  # the next run that succeeds deletes them
-            await in_full(self._records.delete(halves))
+            await self._records.delete(halves)
         for item, part in failed:
             self._fail([item], "write", (*part.failed, *part.unknown)[0].error, part)
         return [item for item in items if not item.is_closed]
@@ -345,6 +346,3 @@ class Ingestion:
         ended = self._open.pop(item.document_id, None)
         if ended is not None:
             ended.set()
-
-    def _key_of(self, node: BaseNode) -> Any:
-        return node.node_id if self._key_name == ID_FIELD else node.metadata.get(self._key_name)

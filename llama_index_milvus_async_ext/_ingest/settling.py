@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from llama_index.core.ingestion import DocstoreStrategy
 from llama_index_instrumentation import get_dispatcher
 
-from llama_index_milvus_async_ext._flow.stages import in_full
 from llama_index_milvus_async_ext._ingest.item import Item
 from llama_index_milvus_async_ext._ingest.job import Job
 from llama_index_milvus_async_ext._ingest.tally import Tally
@@ -15,8 +14,6 @@ from llama_index_milvus_async_ext._store.records import Records
 from llama_index_milvus_async_ext.events import MilvusIngestionEvent
 
 dispatcher = get_dispatcher(__name__)
-
-_DOCUMENTS_PER_LOOK_UP = 500
 
 
 class Settling:
@@ -69,7 +66,7 @@ class Settling:
             written = set(item.keys)
             stale += [key for key in item.standing.stale if key not in written]
         try:
-            await in_full(self._records.delete(stale))
+            await self._records.delete(stale)
         except Exception as error:
             left = [item for item in items if item.standing.stale]
             for item in left:
@@ -94,12 +91,11 @@ class Settling:
                             missing.setdefault(row.document_id, []).append(row.key)
             if self._deletes_unrecorded:
                 unrecorded = [each for each in self._hashes if each not in self._seen and each not in missing]
-                for start in range(0, len(unrecorded), _DOCUMENTS_PER_LOOK_UP):
-                    some = unrecorded[start : start + _DOCUMENTS_PER_LOOK_UP]
-                    missing |= {document_id: [] for document_id in some}
-                    for row in await self._records.rows_of(some):
+                missing |= {document_id: [] for document_id in unrecorded}
+                async for rows in self._records.pages_of(unrecorded):
+                    for row in rows:
                         missing[row.document_id].append(row.key)
-            await in_full(self._records.delete([key for keys in missing.values() for key in keys]))
+            await self._records.delete([key for keys in missing.values() for key in keys])
         except Exception as error:
             self._tally.fail(None, "delete", error)
             return

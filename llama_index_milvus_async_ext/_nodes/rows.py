@@ -240,6 +240,11 @@ class RowEncoder:
         return columns, dynamic
 
 
+def key_of(node: BaseNode, key_name: str) -> Any:
+    """The primary key that a node's row has, in a collection whose key is called so; None if the node does not say."""
+    return node.node_id if key_name == ID_FIELD else node.metadata.get(key_name)
+
+
 def _refused(node: BaseNode, problem: str, remedy: str) -> ValueError:
     return ValueError(_message(node, problem, remedy))
 

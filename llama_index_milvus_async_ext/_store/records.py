@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llama_index_milvus_async_ext._flow.stages import in_full
 from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus.errors import classify
 from llama_index_milvus_async_ext._milvus.query_request import Wanted
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from llama_index_milvus_async_ext._store.open_store import OpenStore
 
 _ROWS_PER_PAGE = 5_000
+_DOCUMENTS_PER_LOOK_UP = 500
 _STRONG = "Strong"  # what another process has just written counts
 
 
@@ -112,6 +114,11 @@ class Records:
             )
         return StoredRows(*found.columns())
 
+    async def pages_of(self, document_ids: Sequence[str]) -> AsyncIterator[StoredRows]:
+        """As `rows_of`, of any number of documents: some of them at a time."""
+        for start in range(0, len(document_ids), _DOCUMENTS_PER_LOOK_UP):
+            yield await self.rows_of(document_ids[start : start + _DOCUMENTS_PER_LOOK_UP])
+
     async def owners(self, keys: Sequence[Any]) -> dict[Any, str]:
         """The documents to which the rows of these primary keys belong, for those keys that have a row.
 
@@ -137,9 +144,14 @@ class Records:
             yield page
 
     async def delete(self, keys: Sequence[Any]) -> None:
-        """Delete rows by their primary keys."""
-        if not keys:
-            return
+        """Delete rows by their primary keys.
+
+        A cancellation waits for what is under way: landing later, it could delete what is written then.
+        """
+        if keys:
+            await in_full(self._delete(keys))
+
+    async def _delete(self, keys: Sequence[Any]) -> None:
         key = (await calls.schema(self._store, self._connected, self._port)).primary_key
         collection = self._store.collection_name
         for some in calls.slices(list(keys)):

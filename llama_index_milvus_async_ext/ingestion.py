@@ -131,7 +131,7 @@ async def aingest(
     with (
         contextlib.closing(OwnThread("milvus-read")) as reader,
         contextlib.closing(OwnThread("milvus-embed")) as embedder,
-        Tally.shown(show_progress, documents, max_failures) as tally,
+        Tally.shown(show_progress, documents, job.max_failures) as tally,
     ):
         embed = [awaiting(each.model, embedder) for each in job.steps.embeddings]
         report = await _run(job, _all_of(pipeline, documents), reader, embed, tally, awaits=True)
@@ -171,7 +171,7 @@ def ingest(
     )
     with (
         contextlib.closing(OwnThread("milvus-embed")) as embedder,
-        Tally.shown(show_progress, documents, max_failures) as tally,
+        Tally.shown(show_progress, documents, job.max_failures) as tally,
     ):
         embed = [blocking(each.model, embedder) for each in job.steps.embeddings]
         stream = _all_of(pipeline, documents)

@@ -96,7 +96,7 @@ class IngestionError(RuntimeError):
         self.report = report
 
     def __reduce__(self) -> tuple[Any, ...]:
-        failed = [replace(each, error=_that_pickles(each.error)) for each in self.report.failed]
+        failed = [replace(each, error=that_pickles(each.error)) for each in self.report.failed]
         return (type(self), (replace(self.report, failed=failed),))
 
     def __str__(self) -> str:
@@ -111,7 +111,7 @@ class IngestionError(RuntimeError):
         return "\n".join(lines)
 
 
-def _that_pickles(error: BaseException) -> BaseException:
+def that_pickles(error: BaseException) -> BaseException:
     """The error, or one that says the same where it would not survive its pickling: those of some services don't."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -23,9 +23,16 @@ from llama_index_milvus_async_ext._lane.lanes import Lane
 from llama_index_milvus_async_ext._lane.port import LoopPort, run
 from llama_index_milvus_async_ext._lane.shell import Shell
 from llama_index_milvus_async_ext._lane.thread import IoThread
-from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
+from llama_index_milvus_async_ext._lane.thread_port import ThreadPort, Voyage
 from tests import programs, waiting
 from tests.lane_server import Item, Server, classify, items, make_lane, raise_broken_promises
+
+
+def begun(*requests: Request) -> Voyage:
+    """Requests that this thread has submitted, and will wait for."""
+    voyage = ThreadPort().prepare(*requests)
+    voyage.begin()
+    return voyage
 
 
 @pytest.fixture
@@ -128,7 +135,7 @@ async def test_a_submission_of_nothing_comes_back(shell: Shell) -> None:
     lane = make_lane(Server())
     assert await LoopPort.current().submit() == []
     assert results_of(await LoopPort.current().submit(request(shell, lane, []))) == []
-    assert ThreadPort().begin().wait() == []
+    assert begun().wait() == []
 
 
 async def test_callers_contexts_stay_with_the_callers(shell: Shell) -> None:
@@ -218,7 +225,7 @@ def test_a_loop_that_is_closed_before_its_answer_comes_disturbs_nobody(shell: Sh
 
     task = loop.run_until_complete(begin())
     loop.close()
-    assert results_of(ThreadPort().begin(request(shell, lane, [Item(7)])).wait()) == ["result of 7"]
+    assert results_of(begun(request(shell, lane, [Item(7)])).wait()) == ["result of 7"]
     task._log_destroy_pending = False  # type: ignore[attr-defined]
 
 
@@ -228,7 +235,7 @@ def test_a_blocking_call_on_the_io_thread_is_refused(io: IoThread, shell: Shell)
 
     def call() -> None:
         try:
-            ThreadPort().begin(request(shell, make_lane(Server()), items(1)))
+            begun(request(shell, make_lane(Server()), items(1)))
         except RuntimeError as error:
             found.append(error)
         called.set()
@@ -249,7 +256,7 @@ def test_a_defect_before_the_lane_leaves_nobody_waiting(shell: Shell, io: IoThre
     def call() -> None:
         try:
             others = [request(shell, make_lane(Server(seconds=0.01)), items(1)) for _ in range(before)]
-            found.append(ThreadPort().begin(*others, Request(shell, find, items(1))).wait())
+            found.append(begun(*others, Request(shell, find, items(1))).wait())
         except Exception as error:
             found.append(error)
 
@@ -279,7 +286,7 @@ def test_ctrl_c_ends_a_blocking_call_which_knows_all_its_outcomes(shell: Shell) 
     lane = make_lane(server, max_items=2, max_in_flight=1)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt) as pressed, interrupted(0.1):
-        ThreadPort().begin(request(shell, lane, items(5))).wait()
+        begun(request(shell, lane, items(5))).wait()
     assert time.monotonic() - began < 1.0, "it does not wait for the answer"
     submission = pressed.value.submissions[0]  # type: ignore[attr-defined]
     assert submission.remaining == 0
@@ -311,7 +318,7 @@ def test_ctrl_c_while_a_call_is_submitted_leaves_nothing_behind(
 
 def test_an_impatient_second_ctrl_c_loses_no_outcome(shell: Shell, io: IoThread) -> None:
     lane = make_lane(Server(seconds=0.5))
-    voyage = ThreadPort().begin(request(shell, lane, items(5)))
+    voyage = begun(request(shell, lane, items(5)))
     with pytest.raises(KeyboardInterrupt) as pressed, interrupted(0.14, times=2):
         io.post(lambda: time.sleep(0.4))  # so that the cancellation takes a while
         voyage.wait()
@@ -383,7 +390,7 @@ shell = Shell(io.loop, classify, lambda _: None, io.takes_turns)
 io.shells.add(shell)
 
 def call(count=1, seconds=0.01, **bounds):
-    return ThreadPort().begin(request(shell, make_lane(Server(seconds=seconds), **bounds), items(count))).wait()
+    return begun(request(shell, make_lane(Server(seconds=seconds), **bounds), items(count))).wait()
 """
 
 
@@ -402,7 +409,7 @@ def run_script(script: str) -> subprocess.CompletedProcess[str]:
         """,
         # a call was given up by Ctrl-C or a time-out, and its request is still out
         """
-        voyage = ThreadPort().begin(request(shell, make_lane(Server(seconds=100)), items(1)))
+        voyage = begun(request(shell, make_lane(Server(seconds=100)), items(1)))
         voyage.cancel()
         print(results_of(call()))
         """,
@@ -418,7 +425,7 @@ def run_script(script: str) -> subprocess.CompletedProcess[str]:
         # somebody pauses before another attempt
         """
         policy = RetryPolicy(wait=tenacity.wait_fixed(100))
-        ThreadPort().begin(request(shell, make_lane(Server(script=[lost] * 9, seconds=0), policy=policy), items(1)))
+        begun(request(shell, make_lane(Server(script=[lost] * 9, seconds=0), policy=policy), items(1)))
         print(results_of(call(seconds=0.1)))
         """,
         # a thread goes on after the main thread has ended
@@ -443,7 +450,7 @@ def run_script(script: str) -> subprocess.CompletedProcess[str]:
         server = Server(seconds=0.3)
 
         def work():
-            print(results_of(ThreadPort().begin(request(shell, make_lane(server), items(1))).wait()))
+            print(results_of(begun(request(shell, make_lane(server), items(1))).wait()))
 
         threading.Thread(target=work).start()
         waiting.blocked_until(lambda: server.in_flight == 1 and io.blocked)
@@ -469,7 +476,7 @@ def run_script(script: str) -> subprocess.CompletedProcess[str]:
                 await failing.wait()
                 raise ValueError("closed")
 
-        ThreadPort().begin(request(shell, make_lane(Closed()), items(1)))
+        begun(request(shell, make_lane(Closed()), items(1)))
         begun, go_on = threading.Event(), threading.Event()
         io.loop.call_later(0.1, lambda: (begun.set(), go_on.wait(10)))
         begun.wait(10)

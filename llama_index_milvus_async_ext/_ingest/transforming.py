@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import itertools
 import multiprocessing
@@ -20,6 +19,7 @@ from llama_index.core.schema import BaseNode, TransformComponent
 
 from llama_index_milvus_async_ext._flow.threads import OwnThread
 from llama_index_milvus_async_ext._ingest.versions import described
+from llama_index_milvus_async_ext.ingestion_report import that_pickles
 
 _DEATHS = 2  # of workers that were given their first document
 _THREADS = 2  # one to work, one to wait: Python runs one at a time
@@ -123,21 +123,26 @@ class Transforming:
                 self._executor = None
             if self._dead is not None:
                 raise self._dead
-            with contextlib.closing(_Alone(self._new_processes(1))) as alone:
-                try:
-                    made = await loop.run_in_executor(alone.executor, _transformed_here, group, nodes)
-                except BrokenProcessPool as error:
-                    if not self._has_worked:  # nothing ever did: each further document would cost seconds
-                        self._deaths += 1
-                        if self._deaths >= _DEATHS:
-                            self._dead = RuntimeError(
-                                "no worker process could be begun: guard the main module by "
-                                'if __name__ == "__main__", or leave num_workers out'
-                            )
-                            self._dead.__cause__ = error
-                    raise
-                self._has_worked = True
-                return made
+            alone = self._new_processes(1)
+            try:
+                made = await loop.run_in_executor(alone, _transformed_here, group, nodes)
+            except BrokenProcessPool as error:
+                self._note_death(error)
+                raise
+            finally:
+                alone.shutdown(wait=False)
+            self._has_worked = True
+            return made
+
+    def _note_death(self, error: BrokenProcessPool) -> None:
+        """Begin no more workers if none has ever worked: each further document would cost seconds."""
+        self._deaths += 1
+        if not self._has_worked and self._deaths >= _DEATHS:
+            self._dead = RuntimeError(
+                "no worker process could be begun: guard the main module by "
+                'if __name__ == "__main__", or leave num_workers out'
+            )
+            self._dead.__cause__ = error
 
     def _processes(self) -> Executor:
         if self._executor is None:
@@ -150,14 +155,6 @@ class Transforming:
         return ProcessPoolExecutor(
             number, multiprocessing.get_context("spawn"), initializer=_begin_process, initargs=(pickled,)
         )
-
-
-class _Alone:
-    def __init__(self, executor: Executor) -> None:
-        self.executor = executor
-
-    def close(self) -> None:
-        self.executor.shutdown(wait=False)
 
 
 def transformed(transformations: Sequence[TransformComponent], nodes: list[BaseNode]) -> list[BaseNode]:
@@ -187,8 +184,7 @@ def _transformed_here(group: int, nodes: list[BaseNode]) -> list[BaseNode]:
     try:
         return transformed(_of_this_process[group], nodes)
     except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # on its way back it would take the pool along
-            raise RuntimeError(f"{type(error).__name__}: {error}") from None
-        raise
+        returned = that_pickles(error)  # on its way back another would take the pool along
+        if returned is error:
+            raise
+        raise returned from None

@@ -35,12 +35,6 @@ class ThreadPort:
         self._io.check()
         return Voyage(self._io, requests)
 
-    def begin(self, *requests: Request) -> Voyage:
-        """Submit requests, and return at once."""
-        voyage = self.prepare(*requests)
-        voyage.begin()
-        return voyage
-
 
 class Voyage:
     """Requests that a thread submits, and will wait for.

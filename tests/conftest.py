@@ -18,6 +18,7 @@ from hypothesis import Phase, settings
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 from pymilvus import MilvusClient, MilvusException
 
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore
 from tests.fault_proxy import FaultProxy
 from tests.faults import Held
 from tests.servers import LiteServer, MilvusServer
@@ -189,6 +190,13 @@ def collection_name(request: pytest.FixtureRequest) -> Iterator[str]:
                 client.drop_collection(name)
         finally:
             client.close()
+
+
+@pytest.fixture
+def store(lite_uri: str, collection_name: str) -> Iterator[AsyncMilvusVectorStore]:
+    """A store of eight dimensions on the tests' Lite; many modules have one of their own."""
+    with AsyncMilvusVectorStore(lite_uri, collection_name=collection_name, dim=8, consistency_level="Strong") as store:
+        yield store
 
 
 @pytest.fixture(scope="session")

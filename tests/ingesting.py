@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import BaseNode, Document, NodeRelationship, TextNode, TransformComponent
@@ -31,6 +32,7 @@ def asynchronously(pipeline: Any, documents: Any, **options: Any) -> IngestionRe
 
 BOTH = [ingest, asynchronously]
 BOTH_NAMES = ["sync", "async"]
+both = pytest.mark.parametrize("run", BOTH, ids=BOTH_NAMES)
 
 
 class Lines(TransformComponent):

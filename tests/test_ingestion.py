@@ -25,13 +25,12 @@ from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWrit
 from llama_index_milvus_async_ext.ingestion import IngestionError, aingest, ingest
 from tests.conftest import Backend
 from tests.ingesting import (
-    BOTH,
-    BOTH_NAMES,
     DIM,
     Ingest,
     Lines,
     Model,
     asynchronously,
+    both,
     counts,
     doc,
     docs,
@@ -41,16 +40,6 @@ from tests.ingesting import (
     writing_to,
 )
 from tests.waiting import blocked_until
-
-both = pytest.mark.parametrize("run", BOTH, ids=BOTH_NAMES)
-
-
-@pytest.fixture
-def store(lite_uri: str, collection_name: str) -> Iterator[AsyncMilvusVectorStore]:
-    with AsyncMilvusVectorStore(
-        uri=lite_uri, collection_name=collection_name, dim=DIM, consistency_level="Strong"
-    ) as store:
-        yield store
 
 
 def plain_store(uri: str, collection_name: str, **options: Any) -> MilvusVectorStore:

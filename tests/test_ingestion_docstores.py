@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,12 +17,11 @@ from tests.conftest import Backend
 from tests.fault_proxy import FaultProxy
 from tests.faults import MilvusError
 from tests.ingesting import (
-    BOTH,
-    BOTH_NAMES,
     DIM,
     Ingest,
     Lines,
     Model,
+    both,
     counts,
     doc,
     docs,
@@ -32,17 +30,8 @@ from tests.ingesting import (
     writing_to,
 )
 
-both = pytest.mark.parametrize("run", BOTH, ids=BOTH_NAMES)
 UPSERTS_AND_DELETE = DocstoreStrategy.UPSERTS_AND_DELETE
 DUPLICATES_ONLY = DocstoreStrategy.DUPLICATES_ONLY
-
-
-@pytest.fixture
-def store(lite_uri: str, collection_name: str) -> Iterator[AsyncMilvusVectorStore]:
-    with AsyncMilvusVectorStore(
-        uri=lite_uri, collection_name=collection_name, dim=DIM, consistency_level="Strong"
-    ) as store:
-        yield store
 
 
 # What comes in one run after another.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,13 +19,11 @@ from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, ingest
 from llama_index_milvus_async_ext.ingestion import IngestionError
 from tests.ingesting import (
-    BOTH,
-    BOTH_NAMES,
-    DIM,
     Ingest,
     Lines,
     Model,
     asynchronously,
+    both,
     counts,
     doc,
     docs,
@@ -33,16 +31,6 @@ from tests.ingesting import (
     held,
     writing_to,
 )
-
-both = pytest.mark.parametrize("run", BOTH, ids=BOTH_NAMES)
-
-
-@pytest.fixture
-def store(lite_uri: str, collection_name: str) -> Iterator[AsyncMilvusVectorStore]:
-    with AsyncMilvusVectorStore(
-        lite_uri, collection_name=collection_name, dim=DIM, consistency_level="Strong"
-    ) as store:
-        yield store
 
 
 class ByContent(Lines):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,12 +18,11 @@ from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWrit
 from llama_index_milvus_async_ext.ingestion import ingest
 from tests.conftest import Backend
 from tests.ingesting import (
-    BOTH,
-    BOTH_NAMES,
     DIM,
     Ingest,
     Lines,
     Model,
+    both,
     counts,
     doc,
     docs,
@@ -36,16 +34,6 @@ from tests.ingesting import (
 
 # Milvus Lite closes a connection that pings as often as pymilvus's clients do, for all that share it.
 SELDOM_PINGING = {"grpc.keepalive_time_ms": 600_000}
-
-both = pytest.mark.parametrize("run", BOTH, ids=BOTH_NAMES)
-
-
-@pytest.fixture
-def store(lite_uri: str, collection_name: str) -> Iterator[AsyncMilvusVectorStore]:
-    with AsyncMilvusVectorStore(
-        uri=lite_uri, collection_name=collection_name, dim=DIM, consistency_level="Strong"
-    ) as store:
-        yield store
 
 
 # --- documents that change

@@ -23,12 +23,11 @@ from llama_index_milvus_async_ext.ingestion import IngestionError, IngestionRepo
 from tests.fault_proxy import FaultProxy
 from tests.faults import Held, MilvusError
 from tests.ingesting import (
-    BOTH,
-    BOTH_NAMES,
     DIM,
     Ingest,
     Lines,
     Model,
+    both,
     counts,
     doc,
     docs,
@@ -37,17 +36,6 @@ from tests.ingesting import (
     writing_to,
 )
 from tests.waiting import beside, blocked_until, press_ctrl_c, until
-
-both = pytest.mark.parametrize("run", BOTH, ids=BOTH_NAMES)
-
-
-@pytest.fixture
-def store(lite_uri: str, collection_name: str) -> Iterator[AsyncMilvusVectorStore]:
-    with AsyncMilvusVectorStore(
-        uri=lite_uri, collection_name=collection_name, dim=DIM, consistency_level="Strong"
-    ) as store:
-        yield store
-
 
 # --- progress
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks import adds, bulk, charts, embedding, latency, lite, memory, report, searches, sizes
+from benchmarks import adds, bulk, charts, clients, embedding, latency, lite, memory, report, searches, sizes
 from benchmarks.backend import Backend
 from benchmarks.measure import Outcome
 
@@ -78,6 +78,9 @@ _WORKLOADS: dict[str, Callable[[Backend, _Scale], Coroutine[Any, Any, Outcome]]]
         memory.run, backend.uri, backend.token, dim=_DIM, rounds=scale.rounds, count=100_000
     ),
     "sizes": lambda backend, scale: sizes.run(backend, dim=_DIM, rounds=scale.rounds),
+    "clients": lambda backend, scale: clients.run(
+        backend, dim=_DIM, rounds=scale.rounds, rows=scale.of(6_000, 2_000), seconds=scale.of(5.0, 2.0)
+    ),
     "latency": lambda backend, scale: latency.run(
         backend,
         dim=_DIM,

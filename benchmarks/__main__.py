@@ -17,7 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks import adds, bulk, charts, clients, embedding, latency, lite, memory, report, searches, sizes
+from benchmarks import (
+    adds,
+    bulk,
+    charts,
+    clients,
+    embedding,
+    ingestion,
+    ingestion_again,
+    ingestion_memory,
+    ingestion_record,
+    latency,
+    lite,
+    memory,
+    report,
+    searches,
+    sizes,
+)
 from benchmarks.backend import Backend
 from benchmarks.measure import Outcome
 
@@ -49,10 +65,12 @@ class _Scale:
         return self.of(9, 1)
 
 
-_FULL_ONLY = ("embedding", "memory", "sizes")  # small sizes would say nothing
+_Workload = Callable[[Backend, _Scale], Coroutine[Any, Any, Outcome]]
+_INGESTION = "ingestion"  # all workloads of ingestion
+_FULL_ONLY = ("embedding", "memory", "sizes", _INGESTION)  # small sizes would say nothing
 
 
-_WORKLOADS: dict[str, Callable[[Backend, _Scale], Coroutine[Any, Any, Outcome]]] = {
+_WORKLOADS: dict[str, _Workload] = {
     "adds": lambda backend, scale: adds.run(
         backend,
         dim=_DIM,
@@ -89,59 +107,99 @@ _WORKLOADS: dict[str, Callable[[Backend, _Scale], Coroutine[Any, Any, Outcome]]]
     ),
 }
 
+# Their results stand in a file of their own, in which those of one are replaced when it is run again.
+_OF_INGESTION: dict[str, _Workload] = {
+    "ingestion-memory": lambda backend, scale: asyncio.to_thread(
+        ingestion_memory.run,
+        backend.uri,
+        backend.token,
+        dim=384,
+        rounds=scale.rounds,
+        count=scale.of(200_000, 20_000),
+        plain_count=scale.of(50_000, 20_000),
+    ),
+    "ingestion-stages": lambda backend, scale: ingestion.run_stages(
+        backend, rounds=scale.of(5, 1), remote_texts=scale.of(10_000, 2_000), local_texts=scale.of(300, 60)
+    ),
+    "ingestion-plain": lambda backend, scale: ingestion.run_plain(
+        backend, rounds=scale.of(5, 1), texts=scale.of(10_000, 2_000)
+    ),
+    "ingestion-unchanged": lambda backend, scale: ingestion_again.run_unchanged(
+        backend, rounds=scale.of(5, 2), count=scale.of(10_000, 1_000)
+    ),
+    "ingestion-look-ups": lambda backend, scale: ingestion_again.run_look_ups(
+        backend,
+        rounds=scale.of(15, 3),
+        sizes=scale.of((10_000, 100_000, 1_000_000), (10_000, 30_000)),
+    ),
+    "ingestion-record": lambda backend, scale: ingestion_record.run(
+        backend, dim=384, rounds=scale.of(21, 3), count=scale.of(10_000, 4_000)
+    ),
+}
+
 
 def main() -> int:
     given = _arguments()
     given.out.mkdir(parents=True, exist_ok=True)
-    stored = given.out / "results.json"
+    files = {given.out / "results.json": _WORKLOADS, given.out / "ingestion.json": _OF_INGESTION}
     if given.update_readme:
-        report.update_readme(REPOSITORY / "README.md", json.loads(stored.read_text(encoding="utf-8")))
+        results, *others = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+        for other in others:
+            results["figures"] += other["figures"]
+        report.update_readme(REPOSITORY / "README.md", results)
         return 0
     logging.disable(logging.WARNING)  # pymilvus and LlamaIndex
     scale = _Scale(is_quick=given.quick)
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if given.uri is None and not given.quick and free < _DISK_BYTES:
         print(f"{free / 1e9:.0f} GB of disk are free: a full run may need {_DISK_BYTES / 1e9:.0f}", file=sys.stderr)
-    results = _run(
-        lambda: open_milvus(given.uri, given.token),
-        given.only or [name for name in _WORKLOADS if not (given.quick and name in _FULL_ONLY)],
-        scale,
-        lambda so_far: stored.write_text(json.dumps(so_far, indent=1), encoding="utf-8"),
-    )
-    print("\n" + report.table(results["figures"]))
-    for path in [stored, *charts.draw(results, given.out)]:
-        print(f"wrote {path}")
+    wanted = given.only or [name for name in (*_WORKLOADS, _INGESTION) if not (given.quick and name in _FULL_ONLY)]
+    for file, workloads in files.items():
+        names = [name for name in workloads if name in wanted or (workloads is _OF_INGESTION and _INGESTION in wanted)]
+        if not names:
+            continue
+        results: dict[str, Any] = {"is_quick": scale.is_quick, "seconds": {}, "figures": [], "series": {}}
+        if workloads is _OF_INGESTION and file.exists():
+            results |= json.loads(file.read_text(encoding="utf-8"))
+        _run(
+            lambda: open_milvus(given.uri, given.token), {name: workloads[name] for name in names}, scale, results, file
+        )
+        print("\n" + report.table(results["figures"]))
+        for path in [file, *charts.draw(results, given.out)]:
+            print(f"wrote {path}")
     return 0
 
 
 def _run(
     open_backend: Callable[[], contextlib.AbstractContextManager[Backend]],
-    names: list[str],
+    workloads: dict[str, _Workload],
     scale: _Scale,
-    store: Callable[[dict[str, Any]], object],
-) -> dict[str, Any]:
-    """Run workloads; `store` gets the results so far after each of them.
+    results: dict[str, Any],
+    file: Path,
+) -> None:
+    """Run workloads; the results so far, earlier ones of other workloads included, are stored after each of them.
 
     In a full run each has a server of its own, if it is one that is started for the purpose: a server that has taken in
     and dropped some hundred thousand rows is slower for minutes, and no workload should pay for the one before it.
     """
-    results: dict[str, Any] = {"is_quick": scale.is_quick, "seconds": {}, "figures": [], "series": {}}
-    for together in [names] if scale.is_quick else [[name] for name in names]:
+    described = False
+    for together in [list(workloads)] if scale.is_quick else [[name] for name in workloads]:
         load_before = os.getloadavg()[0]
         with open_backend() as backend:
-            if "machine" not in results:
+            if not described:
+                described = True
                 results["machine"] = machine = report.describe_machine(backend.client, load_before)
                 if load_before > machine["cores"] / 2:
                     print(f"other work is running here (load {load_before:.2f}): expect a wide spread", file=sys.stderr)
             for name in together:
                 before = time.perf_counter()
-                outcome = asyncio.run(_WORKLOADS[name](backend, scale))
+                outcome = asyncio.run(workloads[name](backend, scale))
                 taken = results["seconds"][name] = round(time.perf_counter() - before, 1)
                 print(f"{name}: {taken:.0f} s", file=sys.stderr)
-                results["figures"] += [figure.as_dict() for figure in outcome.figures]
+                kept = [figure for figure in results["figures"] if figure["of"] != name]
+                results["figures"] = kept + [figure.as_dict() | {"of": name} for figure in outcome.figures]
                 results["series"][name] = outcome.series
-                store(results)
-    return results
+                file.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -169,7 +227,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--uri", help="address of a Milvus server; one is started if none is given")
     parser.add_argument("--token", default=os.environ.get("MILVUS_TOKEN", ""), help="default: MILVUS_TOKEN is asked")
     parser.add_argument("--quick", action="store_true", help="a short look, in less than two minutes")
-    parser.add_argument("--only", action="append", choices=list(_WORKLOADS), help="run this one; may be repeated")
+    names = [*_WORKLOADS, _INGESTION, *_OF_INGESTION]
+    parser.add_argument("--only", action="append", choices=names, help="run this one; may be repeated")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results", help="folder for results")
     parser.add_argument("--update-readme", action="store_true", help="put the stored results into README.md, and end")
     return parser.parse_args()

@@ -28,6 +28,10 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
         drawn.append(_latency(series["latency"], folder / "latency.png"))
     if "sizes" in series:
         drawn.append(_cost_per_row(series["sizes"], folder / "cost_per_row.png"))
+    if "ingestion-memory" in series:
+        drawn.append(_memory(series["ingestion-memory"], folder / "ingestion_memory.png"))
+    if "ingestion-stages" in series:
+        drawn.append(_stages(series["ingestion-stages"], folder / "ingestion_stages.png"))
     return drawn
 
 
@@ -118,6 +122,42 @@ def _cost_per_row(series: dict[str, Any], path: Path) -> Path:
     axes.set_title("Cost of a row against the size of the write", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend()
+    return _save(figure, path)
+
+
+def _memory(series: dict[str, Any], path: Path) -> Path:
+    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    for curve, color, label in (
+        (series["plain"]["curve"], _UPSTREAM, "`pipeline.arun`, plain store"),
+        (series["curve"], _OURS, "`aingest`"),
+    ):
+        axes.plot([nodes for nodes, _ in curve], [size for _, size in curve], "-", color=color, label=label)
+    axes.set(xlabel="nodes embedded", ylabel="resident memory of the process in MB")
+    axes.xaxis.set_major_formatter(_PLAIN_NUMBERS)
+    axes.yaxis.set_major_formatter(_PLAIN_NUMBERS)
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"Memory while {series['count']:,} nodes of a generator's documents are ingested", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, path)
+
+
+def _stages(series: dict[str, Any], path: Path) -> Path:
+    figure, all_axes = plt.subplots(len(series), 1, figsize=(10, 2.9 * len(series)), squeeze=False)
+    names = ("read", "look-up", "transform", "embed", "write", "settle")
+    for axes, runs in zip(all_axes[:, 0], series.values(), strict=True):
+        for place, name in enumerate(names):
+            spans = [(begin, end - begin) for stage, begin, end in runs["spans"] if stage == name]
+            axes.broken_barh(spans, (place - 0.38, 0.76), color=_OURS)
+        slowest = max(statistics.median(runs["seconds"][name]["wall"]) for name in ("split", "embed", "write"))
+        axes.axvline(slowest, color=_CPU, linestyle="--")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlim(left=0)
+        axes.set_xlabel("seconds since the run began")
+        title = f"When each stage was at work: {runs['name']} (dashed: the slowest stage alone, {slowest:.1f} s)"
+        axes.set_title(title, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
     return _save(figure, path)
 
 

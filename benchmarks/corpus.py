@@ -1,14 +1,15 @@
-"""The nodes that every workload writes: chunks of the standard library's sources, with random unit vectors."""
+"""What every workload works on: nodes of the standard library's sources, with random unit vectors, and documents."""
 
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from llama_index.core.schema import BaseNode, NodeRelationship, ObjectType, RelatedNodeInfo, TextNode
+from llama_index.core.node_parser import TextSplitter
+from llama_index.core.schema import BaseNode, Document, NodeRelationship, ObjectType, RelatedNodeInfo, TextNode
 
 _NODES_PER_DOCUMENT = 20
 _DISTINCT_VECTORS = 10_000
@@ -38,6 +39,43 @@ def make_nodes(count: int, dim: int, *, embedded: bool = True, prefix: str = "no
             )
         )
     return nodes
+
+
+class Pages(TextSplitter):
+    """Splits at form feeds: documents have as many nodes as they have pages, and to split them takes next to no time.
+
+    Splitting is a workload of its own with LlamaIndex's splitters, which count tokens.
+    """
+
+    def split_text(self, text: str) -> list[str]:
+        return text.split("\f")
+
+
+def make_documents(
+    count: int, pages: int, *, characters: int = (_SHORTEST_TEXT + _LONGEST_TEXT) // 2, first: int = 0
+) -> Iterator[Document]:
+    """`count` documents, made as they are asked for; the same at every call.
+
+    Args:
+        count: How many.
+        pages: Pages of each, see `Pages`.
+        characters: Length of a page.
+        first: Number of the first document.
+    """
+    source = _source_text()
+    for number in range(first, first + count):
+        start = number * 7_919 % (len(source) - pages * characters)
+        parts = [source[start + n * characters : start + (n + 1) * characters] for n in range(pages)]
+        yield Document(
+            id_=f"document-{number:06d}",
+            text="\f".join(f"[{number}.{page}] " + part.replace("\f", " ") for page, part in enumerate(parts)),
+            metadata=_metadata(number * _NODES_PER_DOCUMENT),
+        )
+
+
+def numbered(place: int, document: BaseNode) -> str:
+    """Ids of nodes that are the same in each run, for a splitter's `id_func`; in the order of the documents."""
+    return f"{document.node_id}-{place:04d}"
 
 
 @cache

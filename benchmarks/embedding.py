@@ -86,7 +86,7 @@ async def _compare(backend: Backend, dim: int, rounds: int, count: int, is_async
                 timing = await timed(work)
                 backend.check_stored(store.collection_name, nodes)
             if embed_model is not None:
-                _forget_embeddings(nodes)
+                forget_embeddings(nodes)
             return timing
 
         return measure
@@ -98,7 +98,7 @@ async def _compare(backend: Backend, dim: int, rounds: int, count: int, is_async
             return await model.acall(bare) if is_async else model(bare)
 
         timing = await timed(work)
-        _forget_embeddings(bare)
+        forget_embeddings(bare)
         return timing
 
     write = writing(embedded, None)
@@ -109,6 +109,6 @@ async def _compare(backend: Backend, dim: int, rounds: int, count: int, is_async
     return await alternate({"write": write, "embed": embed, "both": writing(bare, model)}, rounds)
 
 
-def _forget_embeddings(nodes: list[BaseNode]) -> None:
+def forget_embeddings(nodes: list[BaseNode]) -> None:
     for node in nodes:
         node.embedding = None

@@ -99,7 +99,7 @@ class Figure:
         against: What it is compared with.
         target: The figure to reach; None where there is none, and the line is for information.
         is_lower_better: Whether the target is an upper bound.
-        unit: "x" for a ratio, "%" for one that is shown as a percentage, "MB".
+        unit: "x" for a ratio, "%" for one that is shown as a percentage, "MB", "/s".
         rounds: The figure of each round.
     """
 
@@ -108,7 +108,7 @@ class Figure:
     target: float | None
     rounds: list[float]
     is_lower_better: bool = False
-    unit: Literal["x", "%", "MB"] = "x"
+    unit: Literal["x", "%", "MB", "/s"] = "x"
     note: str = ""
 
     @property

@@ -90,6 +90,8 @@ def _shown(value: float, unit: str) -> str:
         return f"{value:.0%}"
     if unit == "MB":
         return f"{value:.0f} MB"
+    if unit == "/s":
+        return f"{value:,.0f}/s"
     return f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
 
 

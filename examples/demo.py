@@ -5,7 +5,8 @@
     python examples/demo.py --uri http://localhost:19530     # a Milvus server, or Zilliz Cloud with its token
 
 Sources are shown for each question. With OPENAI_API_KEY set and `llama-index-llms-openai` installed, an answer is
-written from them too. A second run stores nothing twice, because each chunk has the same id as in the first.
+written from them too. It may be interrupted (Ctrl-C): the next run goes on from there. What the collection holds
+already, unchanged, is neither embedded nor written again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the writer's bar is the one to look at
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the ingestion's bar is the one to look at
 
 PROSE = {".csv", ".html", ".md", ".pdf", ".rst", ".tex", ".txt", ".xml"}
 CODE = {
@@ -47,6 +48,7 @@ CODE = {
 SKIPPED_FOLDERS = {"__pycache__", "build", "node_modules", "site-packages"}
 ASYNCIO = ["locks", "queues", "taskgroups", "tasks", "timeouts"]
 MODULES = ["contextlib", "graphlib", "heapq", "json/decoder", "queue", "secrets", "shelve", "tempfile", "textwrap"]
+STEPS = ["read", "look-up", "transform", "embed", "write", "settle"]
 QUESTIONS = [
     "How do I run a topological sort over a graph of tasks?",
     "What happens when a bounded queue is full?",
@@ -62,7 +64,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:
-        sys.exit("demo: interrupted; what was acknowledged is stored, and a second run completes the rest")
+        sys.exit("demo: interrupted; what was acknowledged is stored, and the next run goes on from there")
 
 
 async def demo(arguments: argparse.Namespace, found: list[Path]) -> None:
@@ -77,16 +79,14 @@ async def demo(arguments: argparse.Namespace, found: list[Path]) -> None:
             AsyncMilvusRetriever,
             AsyncMilvusVectorStore,
             AsyncMilvusWriter,
-            WriteError,
+            aingest,
         )
+        from llama_index_milvus_async_ext.ingestion import IngestionError
 
         load_model = model_loader(arguments.model)
     with stages("load the embedding model"):
         embed_model = load_model()
         dim = len(embed_model.get_text_embedding("How long is a vector?"))
-    with stages("read") as stage:
-        documents = read(found)
-        stage.amount = f"{len(documents)} documents"
     with stages("connect"):
         try:
             store = AsyncMilvusVectorStore(
@@ -99,20 +99,20 @@ async def demo(arguments: argparse.Namespace, found: list[Path]) -> None:
 
     async with store:
         before = rows(store)
-        print(f"{len(documents)} documents -> collection {store.collection_name} at {store.uri}", flush=True)
-        # The writer embeds and writes at once: while one batch is on its way to Milvus, the next is being embedded.
-        splitter = SentenceSplitter(chunk_size=arguments.chunk_size, chunk_overlap=20, id_func=chunk_id)
-        writer = AsyncMilvusWriter(store, embed_model=embed_model, show_progress=True)
-        pipeline = IngestionPipeline(transformations=[splitter, writer])
-        with stages("split") as split, stages("embed and write") as write:
+        print(f"{len(found)} files -> collection {store.collection_name} at {store.uri}", flush=True)
+        # While one document is read, others are split, embedded and written. What is unchanged is only looked up.
+        splitter = SentenceSplitter(chunk_size=arguments.chunk_size, chunk_overlap=20)
+        pipeline = IngestionPipeline(transformations=[splitter, embed_model, AsyncMilvusWriter(store)])
+        with stages("ingest") as ingest:
             try:
-                nodes = await pipeline.arun(documents=documents)
-            except WriteError as error:
+                report = await aingest(pipeline, read(found), show_progress=True)
+            except IngestionError as error:
                 raise UserError(f"{error}") from None
-        assert writer.last_report is not None, "the writer was called"
-        write.seconds = writer.last_report.elapsed_seconds
-        split.seconds -= write.seconds
-        split.amount = write.amount = f"{len(nodes)} chunks"
+        if not report.documents:
+            raise UserError("there is no text in what was read")
+        ingest.amount = f"{report.documents} documents"
+        ingest.parts = {name: report.stage_seconds[name] for name in STEPS if name in report.stage_seconds}
+        print(f"{report.added} documents added, {report.replaced} replaced, {report.unchanged} unchanged")
         after = rows(store)
 
         retriever = AsyncMilvusRetriever(store, embed_model=embed_model, similarity_top_k=3)
@@ -159,30 +159,27 @@ def is_document(file: Path, folder: Path) -> bool:
     return file.suffix.lower() in PROSE | CODE and not left_out and file.is_file()
 
 
-def read(found: list[Path]) -> list[Any]:
-    """One document per text file, or per page of a PDF. What can't be read is named and left out."""
+def read(found: list[Path]) -> Iterator[Any]:
+    """One document per text file, or per page of a PDF, as they are asked for. What can't be read is left out."""
     from llama_index.core import Document
+    from tqdm import tqdm
 
     common = Path(os.path.commonpath(found))
     root = common.parent if common.is_file() else common
-    documents = []
     for path in found:
         try:
             parts = list(pages(path)) if path.suffix.lower() == ".pdf" else [("", path.read_text(encoding="utf-8"))]
         except Exception as error:  # a broken file among many is no reason to stop
-            print(f"skipped {path}: {error}", file=sys.stderr)
+            tqdm.write(f"skipped {path}: {error}", file=sys.stderr)  # above the progress bar
             continue
         for page, text in parts:
             # Text from a PDF may hold halves of surrogate pairs, which are no valid Unicode.
             text = text.encode("utf-8", "ignore").decode("utf-8")
             if text.strip():
                 metadata = {"file": str(path.relative_to(root))} | ({"page": page} if page else {})
-                # The same file gives the same id in every run, and so the same chunks.
+                # The same file gives the same id in every run: it is known again.
                 id_ = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path.resolve().as_uri()}#{page}"))
-                documents.append(Document(text=text, metadata=metadata, id_=id_))
-    if not documents:
-        raise UserError("there is no text in what was read")
-    return documents
+                yield Document(text=text, metadata=metadata, id_=id_)
 
 
 def pages(path: Path) -> Iterator[tuple[str, str]]:
@@ -191,11 +188,6 @@ def pages(path: Path) -> Iterator[tuple[str, str]]:
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # it comments on every irregular PDF
     for number, page in enumerate(PdfReader(path).pages, start=1):
         yield str(number), page.extract_text()
-
-
-def chunk_id(position: int, document: Any) -> str:
-    """The id of a chunk: it stays the same from run to run, so that a chunk replaces its predecessor."""
-    return f"{document.node_id}-{position}"
 
 
 # --- models
@@ -272,7 +264,11 @@ class Stages:
 
     def __str__(self) -> str:
         width = max(len(stage.name) for stage in self._stages)
-        lines = [f"  {stage.name:<{width}}  {stage.seconds:7.2f} s   {stage.amount}" for stage in self._stages]
+        lines = []
+        for stage in self._stages:
+            lines.append(f"  {stage.name:<{width}}  {stage.seconds:7.2f} s   {stage.amount}")
+            # These are at work at the same time: their sum is more than the stage took.
+            lines += [f"    {name:<{width}}{seconds:7.2f} s" for name, seconds in stage.parts.items()]
         total = sum(stage.seconds for stage in self._stages)
         lines.append(f"  {'all':<{width}}  {total:7.2f} s")
         return "\n".join(["Time of each stage:", *map(str.rstrip, lines)])
@@ -283,6 +279,7 @@ class Stage:
         self.name = name
         self.seconds = 0.0
         self.amount = ""
+        self.parts: dict[str, float] = {}
 
 
 class UserError(Exception):

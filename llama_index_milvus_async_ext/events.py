@@ -33,6 +33,8 @@ class MilvusWriteEvent(BaseEvent):
 class MilvusIngestionEvent(BaseEvent):
     """Some documents of an ingestion are settled: they are in the collection. It holds no document and no secret.
 
+    The last one of a run, of no documents, tells the rest.
+
     Attributes:
         documents: Documents settled since the last such event, the unchanged ones included.
         nodes: Nodes that Milvus has acknowledged since then, of these or of documents still under way.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import itertools
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import Document, TransformComponent
@@ -31,9 +33,28 @@ dispatcher = get_dispatcher(__name__)
 
 Documents = Iterable[Any] | AsyncIterable[Any]
 Version = str | Callable[[Document], str]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-@dispatcher.span
+def _in_a_span(function: F) -> F:
+    """Give a function a span, but let it stay a function: what `dispatcher.span` makes of it can't be pickled.
+
+    Ray, as others do, pickles what a task of the main module refers to.
+    """
+    spanned = dispatcher.span(function)
+
+    @functools.wraps(function)
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        return await spanned(*args, **kwargs)
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return spanned(*args, **kwargs)
+
+    return cast(F, awaited if inspect.iscoroutinefunction(function) else called)
+
+
+@_in_a_span
 async def aingest(
     pipeline: IngestionPipeline,
     documents: Documents,
@@ -95,6 +116,7 @@ async def aingest(
         ValueError, TypeError: The pipeline does not say where nodes go, or the collection can't hold the record.
         BaseException: A cancellation carries the report so far in its attribute `report`.
     """
+    _check(documents, on_failure)
     job = job_of(
         pipeline,
         _is_writer,
@@ -117,7 +139,7 @@ async def aingest(
     return report
 
 
-@dispatcher.span
+@_in_a_span
 def ingest(
     pipeline: IngestionPipeline,
     documents: Documents,
@@ -135,6 +157,7 @@ def ingest(
 
     The documents are read in the calling thread, and each model's blocking method is called, one call at a time.
     """
+    _check(documents, on_failure)
     job = job_of(
         pipeline,
         _is_writer,
@@ -157,6 +180,13 @@ def ingest(
     return report
 
 
+def _check(documents: Documents, on_failure: str) -> None:
+    if not isinstance(documents, (Iterable, AsyncIterable)):
+        raise TypeError(f"documents must be an iterable or an async iterable, got {type(documents).__name__}")
+    if on_failure not in ("raise", "collect"):
+        raise ValueError(f'on_failure must be "raise" or "collect", got {on_failure!r}')
+
+
 async def _run(
     job: Job, stream: Documents, reader: Calls, embed: list[Embed], tally: Tally, *, awaits: bool
 ) -> IngestionReport:
@@ -170,6 +200,11 @@ async def _run(
                     raise ValueError(
                         f"collection {store.collection_name!r} has no dynamic field, where the record of what it holds "
                         "would be kept; use a collection that this store has made"
+                    )
+                if schema.primary_key.auto_id:
+                    raise ValueError(
+                        f"collection {store.collection_name!r} makes its primary keys up itself, so that nobody could "
+                        "tell whether a document is there whole; use a collection that this store has made"
                     )
                 reading = Reading(stream, reader)
                 run = Ingestion(job, store, connected, port, reading, transforming, embed, tally)

@@ -20,7 +20,7 @@ from pymilvus import MilvusClient, MilvusException
 
 from tests.fault_proxy import FaultProxy
 from tests.faults import Held
-from tests.servers import MilvusServer
+from tests.servers import LiteServer, MilvusServer
 
 # A splitter that is unpickled in a worker process loads its tokenizer anew, and from the network unless this names the
 # copy that LlamaIndex carries. A worker without a network never answers, and its pipeline waits for ever.
@@ -104,6 +104,19 @@ def milvus_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusSe
         pytest.skip(reason)
     with MilvusServer(tmp_path_factory.mktemp("milvus"), extra_config=IN_QUICK_STEP) as server:
         yield server
+
+
+@pytest.fixture(params=["lite", pytest.param("server", marks=pytest.mark.server)])
+def own_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LiteServer | MilvusServer]:
+    """A server of the test's own, to kill."""
+    if request.param == "lite":
+        with LiteServer(tmp_path / "data") as server:
+            yield server
+    else:
+        if reason := MilvusServer.unavailable_reason():
+            pytest.skip(reason)
+        with MilvusServer(tmp_path / "data") as server:
+            yield server
 
 
 @pytest.fixture(scope="session", params=["lite", pytest.param("server", marks=pytest.mark.server)])

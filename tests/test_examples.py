@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import programs
+from tests.ray_settings import of_ray
 from tests.servers import MilvusServer
+from tests.waiting import blocked_until
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PROMISED = {
@@ -31,9 +35,16 @@ PROMISED = {
         "too-long",
         "second try: .*written=3, failed=0, unknown=0",
     ],
+    "ingest_folder.py": ["added=[1-9].*failed=0", "Where is JSON decoded.\n +0\\.\\d+  \\w+\\.py: "],
+    "nightly.py": [
+        "4 added, 0 replaced, 0 deleted, 0 unchanged; 4 texts embedded",
+        "1 added, 1 replaced, 1 deleted, 2 unchanged; 2 texts embedded",
+        "0 added, 0 replaced, 0 deleted, 4 unchanged; 0 texts embedded",
+        "salad of beetroot.\n.*pizza",
+    ],
     "server.py": ["Set MILVUS_URI"],
 }
-PROGRESS = "Embedding and writing to Milvus:"
+PROGRESS = "Ingesting into Milvus:"
 
 pytestmark = [
     pytest.mark.slow,
@@ -67,7 +78,7 @@ def run(
 
 def test_every_example_is_run_and_listed() -> None:
     scripts = {path.name for path in EXAMPLES.glob("*.py")}
-    assert scripts == {*PROMISED, "demo.py"}
+    assert scripts == {*PROMISED, "demo.py", "ray_ingest.py"}
     listed = set(re.findall(r"\]\(([\w.]+)\)", (EXAMPLES / "README.md").read_text(encoding="utf-8")))
     assert listed == scripts | {path.name for path in EXAMPLES.glob("*.ipynb")}
 
@@ -94,6 +105,29 @@ def test_server_example_says_what_is_wrong_where_nobody_listens(tmp_path: Path) 
     assert done.stderr.startswith("can't connect to http://127.0.0.1:1: no Milvus server answers there")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray is not installed")
+def test_ray_example_ingests_each_folder_by_a_task_which_deletes_what_has_vanished_from_it(
+    milvus_server: MilvusServer, tmp_path: Path
+) -> None:
+    for name, texts in {"fish": ["A trout swims.", "A carp dives."], "birds": ["A robin sings."]}.items():
+        (tmp_path / name).mkdir()
+        for number, text in enumerate(texts):
+            (tmp_path / name / f"{number}.txt").write_text(text, encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray_folder:
+        arguments = ["ray_ingest.py", milvus_server.uri, "fish"]
+        first = run(*arguments, "birds", folder=tmp_path, cold=True, **of_ray(ray_folder))
+        (tmp_path / "fish" / "0.txt").unlink()
+        second = run(*arguments, folder=tmp_path, cold=True, **of_ray(ray_folder))
+    for done in (first, second):
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+    for name, added in {"fish": 2, "birds": 1, "all": 3}.items():
+        wanted = rf"{name} +{added} added,   0 replaced,   0 unchanged,   0 deleted; +{added} chunks written"
+        assert re.search(wanted, first.stdout), first.stdout
+    wanted = "fish +0 added,   0 replaced,   1 unchanged,   1 deleted; +0 chunks written"
+    assert re.search(wanted, second.stdout), second.stdout
+
+
 # --- the demo
 
 
@@ -109,7 +143,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_demo_reads_embeds_writes_and_asks_and_a_second_run_adds_nothing(documents: Path, tmp_path: Path) -> None:
+def test_demo_reads_embeds_writes_and_asks_and_a_second_run_finds_all_unchanged(
+    documents: Path, tmp_path: Path
+) -> None:
     asked = [str(documents), "-q", "Why was the bridge closed?", "-q", "How hot should green tea be?"]
     first = run("demo.py", *asked, folder=tmp_path, cold=True)
     second = run("demo.py", *asked, folder=tmp_path)
@@ -117,17 +153,61 @@ def test_demo_reads_embeds_writes_and_asks_and_a_second_run_adds_nothing(documen
         assert done.returncode == 0, done.stderr
         assert re.search(r"Why was the bridge closed\?\n +0\.\d+  report\.pdf, page 1\n +The bridge was", done.stdout)
         assert re.search(r"green tea be\?\n +0\.\d+  notes/tea\.md\n", done.stdout)
-        for stage in ("import", "load the embedding model", "read", "connect", "split", "embed and write", "ask"):
+        for stage in ("import", "load the embedding model", "connect", "ingest", "  read", "  look-up", "ask"):
             assert re.search(rf"  {stage} +\d+\.\d\d s", done.stdout), stage
         assert "MockLLM" not in done.stdout and "Nobody reads this" not in done.stdout
-        lines = [line for line in re.split("[\r\n]+", done.stderr) if line and not line.startswith(PROGRESS)]
+        lines = [line for line in re.split("[\r\n]+", done.stderr) if line.strip() and not line.startswith(PROGRESS)]
         skipped, *others = lines
         assert "broken.pdf" in skipped
         assert others == []
     assert PROGRESS in first.stderr
+    assert "3 documents added, 0 replaced, 0 unchanged" in first.stdout
+    assert "0 documents added, 0 replaced, 3 unchanged" in second.stdout
+    assert re.search(r"    embed +\d", first.stdout) and not re.search(r"    embed +\d", second.stdout)
     assert _rows(first) == (0, _rows(first)[1])
     assert _rows(first)[1] >= 4
     assert _rows(second) == (_rows(first)[1],) * 2
+
+
+def test_demo_that_is_interrupted_goes_on_in_the_next_run(tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for number in range(200):
+        text = f"Note {number}. " + "It is long enough to keep the model busy for a while. " * 10
+        (notes / f"{number}.txt").write_text(text, encoding="utf-8")
+    progress = tmp_path / "progress"
+    with (
+        progress.open("w") as stderr,
+        programs.start(
+            EXAMPLES / "demo.py",
+            "notes",
+            cwd=tmp_path,
+            environment=os.environ | programs.OFFLINE,
+            stderr=stderr.fileno(),
+            modules=programs.EXAMPLES,
+        ) as demo,
+    ):
+        # The bar counts what is settled: embedded, and acknowledged by Milvus.
+        blocked_until(lambda: re.search(r" [1-9]\d*document", progress.read_text()) is not None, 120)
+        os.kill(demo.pid, signal.SIGINT)
+        assert demo.wait(60) == 1
+    last = progress.read_text().splitlines()[-1]
+    assert last == "demo: interrupted; what was acknowledged is stored, and the next run goes on from there"
+
+    done = run("demo.py", "notes", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    counts = re.search(r"(\d+) documents added, (\d+) replaced, (\d+) unchanged", done.stdout)
+    assert counts, done.stdout
+    added, replaced, unchanged = map(int, counts.groups())
+    assert added > 0 and unchanged > 0
+    assert added + replaced + unchanged == 200
+
+
+def test_demo_says_so_where_there_is_no_text_in_what_it_reads(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" ", encoding="utf-8")
+    done = run("demo.py", "empty.txt", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "demo: there is no text in what was read"
 
 
 def test_demo_names_a_path_that_does_not_exist(tmp_path: Path) -> None:

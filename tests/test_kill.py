@@ -17,7 +17,7 @@ from pymilvus import MilvusClient
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, RetryPolicy
 from tests import programs
 from tests.conftest import MakeNodes
-from tests.servers import LiteServer, MilvusServer
+from tests.servers import LiteServer
 from tests.waiting import until
 
 DIM = 32
@@ -38,19 +38,6 @@ def ids_in(uri: str, collection: str) -> Counter[str]:
         return found
     finally:
         client.close()
-
-
-@pytest.fixture(params=["lite", pytest.param("server", marks=pytest.mark.server)])
-def own_server(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    """A server of the test's own, to kill."""
-    if request.param == "lite":
-        with LiteServer(tmp_path / "data") as server:
-            yield server
-    else:
-        if reason := MilvusServer.unavailable_reason():
-            pytest.skip(reason)
-        with MilvusServer(tmp_path / "data") as server:
-            yield server
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -19,7 +20,14 @@ from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores.types import VectorStoreQuery
 
-from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, WriteError, WriteReport
+from llama_index_milvus_async_ext import (
+    AsyncMilvusVectorStore,
+    AsyncMilvusWriter,
+    WriteError,
+    WriteReport,
+    aingest,
+    ingest,
+)
 from tests import programs
 from tests.conftest import Backend, MakeNodes
 from tests.embedding import HashEmbedding
@@ -70,6 +78,11 @@ def test_reports_and_errors_pickle(store: AsyncMilvusVectorStore, make_nodes: Ma
     assert str(again.failed[0].error) == str(report.failed[0].error)
     error: WriteError = pickle.loads(pickle.dumps(WriteError(report)))
     assert "no embedding" in str(error)
+
+
+def test_the_functions_pickle_as_what_a_task_of_ray_refers_to() -> None:
+    assert pickle.loads(pickle.dumps((ingest, aingest))) == (ingest, aingest)
+    assert inspect.iscoroutinefunction(aingest)
 
 
 def write_in_child(store: AsyncMilvusVectorStore, nodes: list[TextNode], results: Any) -> None:

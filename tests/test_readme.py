@@ -17,6 +17,7 @@ from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVector
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY.joinpath("README.md").read_text(encoding="utf-8")
+SCALING = REPOSITORY.joinpath("docs", "scaling.md").read_text(encoding="utf-8")
 NOT_RUN = "<!-- not run: "
 BASE_PARAMETERS = {"self", "kwargs"}
 INTERNAL = {"served_at"}  # how a copy of a store finds the process that holds its file
@@ -39,10 +40,10 @@ class Snippet:
         )
 
 
-def snippets() -> list[Snippet]:
+def snippets(page: str = README) -> list[Snippet]:
     found = []
-    for match in re.finditer(r"^([^\n]*)\n```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
-        line = README.count("\n", 0, match.start(2))
+    for match in re.finditer(r"^([^\n]*)\n```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        line = page.count("\n", 0, match.start(2))
         found.append(Snippet(line, match[1], match[2]))
     return found
 
@@ -76,9 +77,10 @@ def test_scripts_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("default")
 @pytest.mark.usefixtures("in_an_empty_folder")
-def test_snippets_run_one_after_the_other_inside_a_running_loop(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("page", [README, SCALING], ids=["README", "scaling"])
+def test_snippets_run_one_after_the_other_inside_a_running_loop(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     async def run() -> None:
-        for snippet in snippets():
+        for snippet in snippets(page):
             if not snippet.is_script and not snippet.reason_not_to_run:
                 waiting = eval(snippet.compiled(), namespace)
                 if inspect.iscoroutine(waiting):
@@ -93,13 +95,14 @@ def assert_promised_was_printed(snippet: Snippet, printed: str) -> None:
     rest = printed
     for promised in snippet.promised:
         _, found, rest = rest.partition(promised)
-        assert found, f"README.md, line {snippet.line + 1}: {promised!r} is missing, or not in order, in\n{printed}"
+        assert found, f"line {snippet.line + 1}: {promised!r} is missing, or not in order, in\n{printed}"
 
 
 def test_only_snippets_that_need_a_server_or_a_key_are_not_run() -> None:
     reasons = [snippet.reason_not_to_run for snippet in snippets() if snippet.reason_not_to_run]
     assert sorted(reasons) == ["needs a server", "needs an API key"]
-    for snippet in snippets():
+    assert [snippet.reason_not_to_run for snippet in snippets(SCALING)] == ["needs a server", ""]
+    for snippet in [*snippets(), *snippets(SCALING)]:
         snippet.compiled()
 
 
@@ -128,14 +131,17 @@ def _plain(default: Any) -> Any:
     return default.value if isinstance(default, enum.Enum) else default
 
 
-def test_links_lead_somewhere() -> None:
-    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+@pytest.mark.parametrize(
+    ("page", "folder"), [(README, REPOSITORY), (SCALING, REPOSITORY / "docs")], ids=["README", "scaling"]
+)
+def test_links_lead_somewhere(page: str, folder: Path) -> None:
+    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for target in re.findall(r"(?<!!)\[[^\]]+\]\(([^)]+)\)", README):
+    for target in re.findall(r"(?<!!)\[[^\]]+\]\(([^)]+)\)", page):
         if target.startswith("#"):
             assert target[1:] in anchors, target
         elif not target.startswith("http"):
-            assert (REPOSITORY / target).exists(), target
+            assert (folder / target).exists(), target
 
 
 def test_the_map_names_every_module() -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_index_milvus_async_ext._flow.intake import Intake, one
 
 # Of the event loop: enough for a new task to begin, for what it submits to cross to another thread (3), and for what
 # a stage that blocks the loop has made to come out of other libraries' tasks (4).
 _TURNS = 8
+# What a cancellation waits for a request that is under way. Most take a hundredth of that.
+_GRACE_SECONDS = 5.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -165,14 +170,16 @@ async def _work(entrance: _Entrance, following: _Entrance | None, stopwatch: Sto
                 task = asyncio.ensure_future(work_on(batch))
                 try:
                     await _some_turns()  # and if it does, what it has made is handed on before the next begins
-                except BaseException:
-                    await _cancelled([task])
+                except BaseException as interruption:
+                    task.cancel()
+                    if not isinstance(interruption, GeneratorExit):  # after which nobody can wait
+                        await _cancelled([task])
                     raise
-            made = await task
+            made = deque(await task)
+            del batch, task
             await turn.comes()
-            if following is not None:
-                for item in made:
-                    await following.put(item)
+            while following is not None and made:  # what is handed on is let go of: it grows on its way
+                await following.put(made.popleft())
             turn.ends()
 
     await _together(*(worker() for _ in range(stage.at_once)))
@@ -183,11 +190,21 @@ async def _work(entrance: _Entrance, following: _Entrance | None, stopwatch: Sto
 async def _together(*coroutines: Coroutine[Any, Any, None]) -> None:
     """Run coroutines at the same time; when this ends, so have they."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    together = asyncio.gather(*tasks)
     try:
-        await asyncio.gather(*tasks)
+        await together
+    except GeneratorExit:  # this has been closed, and can't wait
+        together.add_done_callback(_look_at)
+        together.cancel()
+        raise
     except BaseException:
         await _cancelled(tasks)
         raise
+
+
+def _look_at(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled():
+        future.exception()
 
 
 async def _cancelled(tasks: Sequence[asyncio.Future[Any]]) -> None:
@@ -200,6 +217,24 @@ async def _cancelled(tasks: Sequence[asyncio.Future[Any]]) -> None:
     for task in tasks:
         if not task.cancelled():
             task.exception()  # looked at: the first one has been raised
+
+
+async def in_full(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Await what would go on elsewhere though it were cancelled here: a cancellation waits until it has ended.
+
+    It waits some seconds at the most, and cancels it then.
+    """
+    task = asyncio.ensure_future(coroutine)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        clock = asyncio.get_running_loop().time
+        end = clock() + _GRACE_SECONDS
+        while not task.done() and clock() < end:
+            with contextlib.suppress(asyncio.CancelledError):  # again and again
+                await asyncio.wait([task], timeout=end - clock())
+        await _cancelled([task])
+        raise
 
 
 async def _some_turns() -> None:

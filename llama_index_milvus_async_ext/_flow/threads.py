@@ -32,13 +32,19 @@ class _Call:
         self.answer: asyncio.Future[Any] = self._loop.create_future()
 
     def make(self) -> None:
-        """Make the call; what is no mere error, such as Ctrl-C, is the business of the thread as well."""
+        """Make the call; what is no mere error, such as Ctrl-C, is the business of the thread."""
         try:
             result = self._function(*self._arguments)
         except Exception as error:
             self._deliver(None, error)
         else:
             self._deliver(result, None)
+
+    def give_up(self, cause: BaseException) -> None:
+        """Answer a call that was ended by what is no mere error, of which the thread thinks nothing."""
+        error = RuntimeError(f"a call raised {type(cause).__name__}")
+        error.__cause__ = cause
+        self._deliver(None, error)
 
     def _deliver(self, result: Any, error: Exception | None) -> None:
         def deliver() -> None:
@@ -80,7 +86,10 @@ class OwnThread:
 
     def _serve(self) -> None:
         while (call := self._calls.get()) is not None:
-            call.make()
+            try:
+                call.make()
+            except BaseException as error:  # else whoever waits for the answer would wait for ever
+                call.give_up(error)
 
 
 class WaitingThread:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -11,6 +12,7 @@ from llama_index_milvus_async_ext._flow.threads import Calls
 from llama_index_milvus_async_ext._nodes.vectors import set_embedding
 
 _BATCHES_PER_CALL = 2
+_CALLS_AT_ONCE = 2
 # Refusals, one after the other, by which a model is taken to refuse everything: a service that is down, a wrong key.
 _REFUSALS = 3
 
@@ -39,6 +41,38 @@ def blocking(model: BaseEmbedding, calls: Calls) -> Embed:
 def texts_per_call(model: BaseEmbedding) -> int:
     """How many texts a model is given at once: a few of its batches, so that embedding and writing overlap."""
     return model.embed_batch_size * (model.num_workers or _BATCHES_PER_CALL)
+
+
+class Embedder:
+    """Gives nodes to a model, in as many calls at once as it is to have: its `num_workers`, if they are set.
+
+    Then each call has one batch. A call with a batch for each of the workers would be as slow as the slowest of them,
+    and only when it has ended, the next one would begin.
+
+    Args:
+        model: The model.
+        embed: The way to it.
+        count: Told how many texts it has taken, after each call.
+    """
+
+    def __init__(self, model: BaseEmbedding, embed: Embed, count: Callable[[int], None]) -> None:
+        self.at_once = model.num_workers or _CALLS_AT_ONCE
+        self.texts = model.embed_batch_size * (1 if model.num_workers else _BATCHES_PER_CALL)
+        self._embed = embed
+        self._count = count
+        self._free = asyncio.Semaphore(self.at_once)
+
+    async def embed(self, nodes: Sequence[BaseNode]) -> dict[int, Exception]:
+        """Embed nodes; see `embed_nodes`."""
+        parts = await asyncio.gather(*(self._part(nodes, start) for start in range(0, len(nodes), self.texts)))
+        return {place: error for errors in parts for place, error in errors.items()}
+
+    async def _part(self, nodes: Sequence[BaseNode], start: int) -> dict[int, Exception]:
+        some = nodes[start : start + self.texts]
+        async with self._free:
+            errors = await embed_nodes(some, self._embed)
+        self._count(len(some) - len(errors))
+        return {start + place: error for place, error in errors.items()}
 
 
 async def embed_nodes(nodes: Sequence[BaseNode], embed: Embed) -> dict[int, Exception]:

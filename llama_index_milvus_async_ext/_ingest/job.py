@@ -50,7 +50,7 @@ class Job:
         store: Where the nodes go; a plain store is still to be taken over.
         steps: What is made of a document.
         source: Name of the documents' source.
-        version: The version of a document.
+        version: The version of a document, which has this hash.
         document_id: The id of a document, if it is not its own.
         docstore, docstore_strategy: As the pipeline has them.
         deletes_missing: Whether documents of this source are deleted that the stream does not hold.
@@ -61,7 +61,7 @@ class Job:
     store: MilvusVectorStore
     steps: Steps
     source: str
-    version: Callable[[BaseNode], str]
+    version: Callable[[BaseNode, str], str]
     document_id: Callable[[BaseNode], str] | None
     docstore: BaseDocumentStore | None
     docstore_strategy: DocstoreStrategy
@@ -100,6 +100,10 @@ def job_of(
         raise TypeError(f"pipeline must be an IngestionPipeline, got {type(pipeline).__name__}")
     if not isinstance(source, str):
         raise TypeError(f"source must be a text, got {source!r}")
+    try:
+        source.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"source is not valid Unicode: {error}") from None
     for name, number, least in (("num_workers", num_workers, 1), ("max_failures", max_failures, 0)):
         if number is not None and number < least:
             raise ValueError(f"{name} must be {least} or more, got {number}")
@@ -127,10 +131,10 @@ def job_of(
     )
 
 
-def _versions(version: str | Callable[[Any], str], source: str) -> Callable[[BaseNode], str]:
+def _versions(version: str | Callable[[Any], str], source: str) -> Callable[[BaseNode, str], str]:
     if callable(version):
-        return lambda document: named_version(version(document), document, source)
-    return lambda document: version_of(document, version, source)
+        return lambda document, _: named_version(version(document), document, source)
+    return lambda document, hash_: version_of(document, version, source, hash_)
 
 
 def _store_of(pipeline: IngestionPipeline, writers: Callable[[TransformComponent], bool]) -> MilvusVectorStore:

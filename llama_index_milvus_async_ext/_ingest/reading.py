@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from typing import Any
 
 from llama_index_milvus_async_ext._flow.threads import Calls
 
-_DOCUMENTS_PER_CALL = 100
-_SECONDS_PER_CALL = 0.02  # what a slow source has given by then goes on at once
+_DOCUMENTS_PER_CALL = 100  # that is how far a stream is read ahead
+_SECONDS_PER_CALL = 0.02
 
 
 class Reading:
@@ -33,15 +36,18 @@ class Reading:
             async for element in self._awaited(stream.__aiter__()):
                 yield element
             return
-        iterator: Iterator[Any] | None = None
-        ended = False
-        while not ended:
-            if iterator is None:
-                iterator, elements, ended = await self._calls.call(self._begun, stream)
-            else:
-                elements, ended = await self._calls.call(self._next, iterator)
-            for element in elements:
-                yield element
+        iterator = await self._calls.call(self._begun, stream)
+        is_more = iterator is not None
+        while is_more:
+            arrivals = _Arrivals()
+            reading = asyncio.ensure_future(self._calls.call(self._next, iterator, arrivals))
+            reading.add_done_callback(arrivals.end)
+            try:
+                async for element in arrivals.elements():
+                    yield element
+                is_more = await reading
+            finally:
+                reading.cancel()
 
     async def _awaited(self, iterator: AsyncIterator[Any]) -> AsyncIterator[Any]:
         while True:
@@ -58,29 +64,67 @@ class Reading:
             for each in _flat(element):
                 yield each
 
-    def _begun(self, stream: Iterable[Any]) -> tuple[Iterator[Any], list[Any], bool]:
+    def _begun(self, stream: Iterable[Any]) -> Iterator[Any] | None:
         """The stream's iterator, made where it is read: some things may only be used in the thread that made them."""
         try:
-            iterator = iter(stream)
+            return iter(stream)
         except Exception as error:
             self.error = error
-            return iter(()), [], True
-        return iterator, *self._next(iterator)
+            return None
 
-    def _next(self, iterator: Iterator[Any]) -> tuple[list[Any], bool]:
+    def _next(self, iterator: Iterator[Any], arrivals: _Arrivals) -> bool:
+        """Read some more; whether there may be others."""
         started = time.perf_counter()
-        elements: list[Any] = []
+        number = 0
         try:
-            while len(elements) < _DOCUMENTS_PER_CALL and time.perf_counter() < started + _SECONDS_PER_CALL:
-                elements += _flat(next(iterator))
+            while number < _DOCUMENTS_PER_CALL and time.perf_counter() < started + _SECONDS_PER_CALL:
+                found = _flat(next(iterator))
+                number += len(found)
+                arrivals.put(found)
         except StopIteration:
-            return elements, True
+            return False
         except Exception as error:
             self.error = error
-            return elements, True
+            return False
         finally:
             self.seconds += time.perf_counter() - started
-        return elements, False
+        return True
+
+
+class _Arrivals:
+    """Elements on their way from the reader's thread: each goes on at once, also while the next keeps it waiting."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._elements: deque[Any] = deque()
+        self._woken = asyncio.Event()
+        self._is_told = False
+        self._has_ended = False
+
+    def put(self, elements: list[Any]) -> None:
+        """Hand elements over; in the reader's thread."""
+        self._elements.extend(elements)
+        if not self._is_told:
+            self._is_told = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._woken.set)
+
+    def end(self, _: object) -> None:
+        """Nothing more comes; on the loop."""
+        self._has_ended = True
+        self._woken.set()
+
+    async def elements(self) -> AsyncIterator[Any]:
+        """What arrives."""
+        while True:
+            await self._woken.wait()
+            self._woken.clear()
+            self._is_told = False  # first: what is put from here on tells again
+            has_ended = self._has_ended
+            while self._elements:
+                yield self._elements.popleft()
+            if has_ended:
+                return
 
 
 def _flat(element: Any) -> list[Any]:

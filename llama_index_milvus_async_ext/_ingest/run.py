@@ -7,11 +7,11 @@ import warnings
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
-from llama_index.core.schema import BaseNode, Document, NodeRelationship
+from llama_index.core.schema import BaseNode, Document
 
-from llama_index_milvus_async_ext._flow.stages import Stage, flow
-from llama_index_milvus_async_ext._ingest.embedding import Embed, embed_nodes, texts_per_call
-from llama_index_milvus_async_ext._ingest.item import Item
+from llama_index_milvus_async_ext._flow.stages import Stage, flow, in_full
+from llama_index_milvus_async_ext._ingest.embedding import Embed, Embedder
+from llama_index_milvus_async_ext._ingest.item import Item, check_id, check_keys, of_document, remedy_for_keys
 from llama_index_milvus_async_ext._ingest.job import Embedding, Job
 from llama_index_milvus_async_ext._ingest.reading import Reading
 from llama_index_milvus_async_ext._ingest.settling import Settling
@@ -75,9 +75,12 @@ class Ingestion:
         self._tally.stopwatch.seconds["read"] = self._reading.seconds
         if self._reading.error is not None:
             self._tally.fail(None, "read", self._reading.error)
-        elif not self._tally.gave_up:
+        # What could not be read may be any of those that seem to be missing.
+        is_known = all(each.document_id is not None for each in self._tally.failed)
+        if is_known and not self._tally.gave_up:
             with self._tally.stopwatch("delete"):
                 await self._settling.delete_missing()
+        self._settling.tell([])
 
     # --- stages
 
@@ -108,15 +111,15 @@ class Ingestion:
             )
             if number < len(self._job.steps.embeddings):
                 step = self._job.steps.embeddings[number]
-                texts = texts_per_call(step.model)
+                embedder = Embedder(step.model, self._embed[number], self._tally.count_texts)
                 stages.append(
                     Stage(
                         "embed",
-                        self._embedded_by(step, self._embed[number]),
-                        at_once=1 if step.model.num_workers else 2,
-                        most=texts,
-                        least=texts,
-                        capacity=2 * texts,
+                        self._embedded_by(step, embedder),
+                        at_once=embedder.at_once,
+                        most=embedder.texts,
+                        least=embedder.texts,
+                        capacity=embedder.at_once * embedder.texts,
                         weigh=_weight_of_nodes,
                     )
                 )
@@ -140,7 +143,6 @@ class Ingestion:
             item = self._item(element)
             if item is None:
                 continue
-            self._settling.see(item)
             earlier = self._open.get(item.document_id)
             if earlier is not None:
                 self._warn_once(
@@ -156,10 +158,10 @@ class Ingestion:
             if not isinstance(element, BaseNode):
                 raise TypeError(f"the stream must hold documents, not {type(element).__name__}")
             if self._job.document_id is not None:
-                document_id = self._job.document_id(element)
-                if not isinstance(document_id, str) or not document_id:
-                    raise TypeError(f"document_id= gave {document_id!r}; it must give a text")
-                element = element.model_copy(update={"id_": document_id})
+                given = self._job.document_id(element)
+                if not isinstance(given, str) or not given:
+                    raise TypeError(f"document_id= gave {given!r}; it must give a text")
+                element = element.model_copy(update={"id_": given})
             elif isinstance(element, Document) and "id_" not in element.model_fields_set:
                 self._warn_once(
                     "the documents have random ids, which LlamaIndex made up, so that each run takes them for new "
@@ -167,10 +169,12 @@ class Ingestion:
                     "aingest a function document_id="
                 )
             document_id = element.node_id
-            document_id.encode()  # what is not valid Unicode can't be looked up
-            return Item(element, document_id, self._job.version(element), element.hash)
+            check_id(document_id)
+            self._settling.see(document_id)
+            hash_ = element.hash
+            return Item(element, document_id, self._job.version(element, hash_), hash_)
         except Exception as error:
-            self._tally.fail(document_id if isinstance(document_id, str) else None, "read", error)
+            self._tally.fail(document_id, "read", error)
             return None
 
     def _warn_once(self, message: str) -> None:
@@ -180,21 +184,18 @@ class Ingestion:
             warnings.warn(message, UserWarning, stacklevel=2)
 
     async def _look_up(self, items: list[Item]) -> list[Item]:
-        known = {item.document_id: item for item in items}
         try:
-            rows = await self._records.rows_of(list(known))
+            rows = await self._records.rows_of([item.document_id for item in items])
         except Exception as error:
             return self._fail(items, "look-up", error)
-        found: dict[str, list[Any]] = {document_id: [] for document_id in known}
-        for row in rows:
-            found.setdefault(row.document_id, []).append(row)
         changed: list[Item] = []
         unchanged: list[Item] = []
         for item in items:
-            item.standing = standing(found[item.document_id], item.version)
+            item.standing = standing(rows.of(item.document_id), item.version)
             is_there = item.standing.is_whole or self._settling.is_duplicate(item)
             (unchanged if is_there else changed).append(item)
-        await self._settle(unchanged)
+        if unchanged:
+            await self._settle(unchanged)
         return changed
 
     def _transformed_by(self, group: int) -> Any:
@@ -208,9 +209,9 @@ class Ingestion:
                     nodes = item.nodes if group else [item.document]
                     item.nodes = await self._transforming.transform(group, nodes)
                     if group == len(self._job.steps.groups) - 1:
-                        item.nodes = [_of_document(node, item) for node in item.nodes]
+                        item.nodes = [of_document(node, item) for node in item.nodes]
                         item.keys = [self._key_of(node) for node in item.nodes]
-                        _check_keys(item)
+                        check_keys(item, self._key_name)
                 except Exception as error:
                     self._fail([item], "transform", error)
                 else:
@@ -219,7 +220,7 @@ class Ingestion:
 
         return transform
 
-    def _embedded_by(self, step: Embedding, embed: Embed) -> Any:
+    def _embedded_by(self, step: Embedding, embedder: Embedder) -> Any:
         async def work(items: list[Item]) -> list[Item]:
             nodes = []
             owners = []
@@ -230,16 +231,9 @@ class Ingestion:
                 wanted = [node for node in item.nodes if node.embedding is None or not step.only_missing]
                 nodes += wanted
                 owners += [item] * len(wanted)
-            texts = texts_per_call(step.model)
-            errors: dict[int, tuple[Item, Exception]] = {}
-            for start in range(0, len(nodes), texts):
-                some = nodes[start : start + texts]
-                failed = await embed_nodes(some, embed)
-                self._tally.texts_embedded += len(some) - len(failed)
-                for place, error in failed.items():
-                    errors.setdefault(id(owners[start + place]), (owners[start + place], error))
-            for item, error in errors.values():
-                self._fail([item], "embed", error)
+            for place, error in (await embedder.embed(nodes)).items():
+                if not owners[place].is_closed:
+                    self._fail([owners[place]], "embed", error)
             return [item for item in items if not item.is_closed]
 
         return work
@@ -251,8 +245,8 @@ class Ingestion:
             other = next((taken[key] for key in item.keys if key in taken), None)
             if other is not None:
                 message = (
-                    f"documents {other.document_id!r} and {item.document_id!r} have nodes of the same id; "
-                    "make the document's id a part of it, in the splitter's id_func"
+                    f"documents {other.document_id!r} and {item.document_id!r} have nodes of the same "
+                    f"{self._key_name}; {remedy_for_keys(self._key_name)}"
                 )
                 self._fail([item], "write", ValueError(message))
                 continue
@@ -264,12 +258,17 @@ class Ingestion:
         records: list[bytes] = []
         for item in writable:
             records += [record_bytes(item.version, item.keys, self._job.source)] * len(item.nodes)
-        report = await Write(self._store, self._connected, self._port, nodes, records=records).run()
-        self._tally.nodes += len(report.written)
-        self._tally.retries += report.retries
+        # In full: else rows could come that a run which begins meanwhile has not seen when it looked.
+        report = await in_full(self._written(nodes, records))
         if report.ok:
             return writable
         return self._without_failures(writable, report)
+
+    async def _written(self, nodes: list[BaseNode], records: list[bytes]) -> WriteReport:
+        report = await Write(self._store, self._connected, self._port, nodes, records=records).run()
+        self._tally.nodes += len(report.written)
+        self._tally.retries += report.retries
+        return report
 
     def _without_failures(self, items: list[Item], report: WriteReport) -> list[Item]:
         owners = {id(node): item for item in items for node in item.nodes}
@@ -307,34 +306,13 @@ class Ingestion:
     def _close(self, item: Item) -> None:
         """Nothing more is done about a document: another one of its id may come."""
         item.is_closed = True
+        item.nodes = []  # who still holds the document needs them no longer, and they take the most memory
         ended = self._open.pop(item.document_id, None)
         if ended is not None:
             ended.set()
 
     def _key_of(self, node: BaseNode) -> Any:
         return node.node_id if self._key_name == ID_FIELD else node.metadata.get(self._key_name)
-
-
-def _of_document(node: BaseNode, item: Item) -> BaseNode:
-    """The node as one of its document: LlamaIndex deletes a document by what its nodes say is their source."""
-    if node.ref_doc_id == item.document_id:
-        return node
-    if node is item.document:
-        node = node.model_copy()  # the caller's own
-    source = item.document.as_related_node_info()
-    node.relationships = {**node.relationships, NodeRelationship.SOURCE: source}
-    return node
-
-
-def _check_keys(item: Item) -> None:
-    places: dict[Any, int] = {}
-    for place, key in enumerate(item.keys):
-        other = places.setdefault(key, place)
-        if other != place:
-            raise ValueError(
-                f"nodes {other} and {place} of document {item.document_id!r} have the same id {str(key)[:80]!r}, and "
-                "only one of them could be stored; have the splitter's id_func give each another"
-            )
 
 
 def _weight_of_text(item: Item) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from llama_index.core.ingestion import DocstoreStrategy
 from llama_index_instrumentation import get_dispatcher
 
+from llama_index_milvus_async_ext._flow.stages import in_full
 from llama_index_milvus_async_ext._ingest.item import Item
 from llama_index_milvus_async_ext._ingest.job import Job
 from llama_index_milvus_async_ext._ingest.tally import Tally
@@ -47,10 +48,10 @@ class Settling:
             self._recorded = dict(await self._job.docstore.aget_all_document_hashes())
             self._hashes = {document_id: hash_ for hash_, document_id in self._recorded.items()}
 
-    def see(self, item: Item) -> None:
+    def see(self, document_id: str) -> None:
         """Note that the stream holds a document."""
         if self._job.deletes_missing or self._deletes_unrecorded:
-            self._seen.add(item.document_id)
+            self._seen.add(document_id)
 
     def is_duplicate(self, item: Item) -> bool:
         """Whether another document of the same content makes this one superfluous, as the docstore is to be used."""
@@ -61,9 +62,12 @@ class Settling:
 
     async def settle(self, items: Sequence[Item]) -> None:
         """Settle documents; one that fails to be is reported."""
-        stale = [key for item in items for key in item.standing.stale if key not in set(item.keys)]
+        stale: list[object] = []
+        for item in items:
+            written = set(item.keys)
+            stale += [key for key in item.standing.stale if key not in written]
         try:
-            await self._records.delete(stale)
+            await in_full(self._records.delete(stale))
         except Exception as error:
             left = [item for item in items if item.standing.stale]
             for item in left:
@@ -73,7 +77,7 @@ class Settling:
         for item in recorded:
             self._count(item)
         self._tally.advance(len(recorded))
-        self._tell(recorded)
+        self.tell(recorded)
 
     async def delete_missing(self) -> None:
         """Delete documents that the stream, which was read to its end, did not hold."""
@@ -93,7 +97,7 @@ class Settling:
                     missing |= {document_id: [] for document_id in some}
                     for row in await self._records.rows_of(some):
                         missing[row.document_id].append(row.key)
-            await self._records.delete([key for keys in missing.values() for key in keys])
+            await in_full(self._records.delete([key for keys in missing.values() for key in keys]))
         except Exception as error:
             self._tally.fail(None, "delete", error)
             return
@@ -101,11 +105,24 @@ class Settling:
         docstore = self._job.docstore
         if docstore is not None:
             try:
-                for document_id in missing:
-                    if document_id in self._hashes:
-                        await docstore.adelete_document(document_id, raise_error=False)
+                for document_id in missing:  # those of one content are one in `_hashes`, and each in the docstore
+                    await docstore.adelete_document(document_id, raise_error=False)
             except Exception as error:
                 self._tally.fail(None, "docstore", error)
+
+    def tell(self, items: Sequence[Item]) -> None:
+        """Tell LlamaIndex's instrumentation of documents that are settled, and of what has been done since then."""
+        nodes, seconds = self._told
+        now = dict(self._tally.stopwatch.seconds)
+        dispatcher.event(
+            MilvusIngestionEvent(
+                documents=len(items),
+                nodes=self._tally.nodes - nodes,
+                failed=len(self._tally.failed),
+                stage_seconds={name: value - seconds.get(name, 0.0) for name, value in now.items()},
+            )
+        )
+        self._told = (self._tally.nodes, now)
 
     async def _record(self, items: Sequence[Item]) -> list[Item]:
         """Tell the docstore of documents, and return those of which it was told."""
@@ -134,16 +151,3 @@ class Settling:
             self._tally.replaced += 1
         else:
             self._tally.added += 1
-
-    def _tell(self, items: Sequence[Item]) -> None:
-        nodes, seconds = self._told
-        now = dict(self._tally.stopwatch.seconds)
-        dispatcher.event(
-            MilvusIngestionEvent(
-                documents=len(items),
-                nodes=self._tally.nodes - nodes,
-                failed=len(self._tally.failed),
-                stage_seconds={name: value - seconds.get(name, 0.0) for name, value in now.items()},
-            )
-        )
-        self._told = (self._tally.nodes, now)

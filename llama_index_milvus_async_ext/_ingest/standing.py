@@ -20,9 +20,8 @@ _DIGEST_BYTES = 12  # of 2 ** 96, two of a billion documents are the same with a
 
 def digest(parts: Iterable[str]) -> str:
     """A short text that stands for these texts, in this order."""
-    joined = b"".join(
-        b"%d:%s" % (len(part), part) for part in (part.encode("utf-8", "surrogatepass") for part in parts)
-    )
+    encoded = [part.encode("utf-8", "surrogatepass") for part in parts]
+    joined = b"".join([b"%d:%s" % (len(part), part) for part in encoded])
     return hashlib.blake2b(joined, digest_size=_DIGEST_BYTES).hexdigest()
 
 

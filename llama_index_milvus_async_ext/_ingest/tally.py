@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 from collections.abc import Iterator
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from llama_index_milvus_async_ext._flow.stages import Stopwatch
 from llama_index_milvus_async_ext.ingestion_report import FailedDocument, IngestionReport
@@ -36,7 +35,9 @@ class Tally:
     def shown(cls, show_progress: bool, documents: object, max_failures: int | None) -> Iterator[Tally]:
         """A tally whose progress bar is shown, if it is to be; what interrupts the run carries the report so far."""
         total = len(documents) if hasattr(documents, "__len__") else None
-        with tqdm(total=total, desc="Ingesting into Milvus", unit="document", disable=not show_progress) as bar:
+        # `tqdm.auto` only where a bar is shown: its import alone warns in a notebook that has no ipywidgets.
+        bars = importlib.import_module("tqdm.auto" if show_progress else "tqdm").tqdm
+        with bars(total=total, desc="Ingesting into Milvus", unit="document", disable=not show_progress) as bar:
             tally = cls(bar, max_failures)
             try:
                 yield tally
@@ -60,6 +61,10 @@ class Tally:
         """Count a document that failed."""
         self.failed.append(FailedDocument(document_id, stage, error, report))
         self.advance(1 if document_id is not None else 0)
+
+    def count_texts(self, texts: int) -> None:
+        """Count texts that a model has taken."""
+        self.texts_embedded += texts
 
     def advance(self, documents: int) -> None:
         """Move the bar on."""

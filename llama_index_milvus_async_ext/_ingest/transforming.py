@@ -9,13 +9,15 @@ import multiprocessing
 import os
 import pickle
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import llama_index.core
 from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, TransformComponent
+
+from llama_index_milvus_async_ext._flow.threads import OwnThread
 
 _THREADS = 2  # one to work, one to wait: Python runs one at a time
 
@@ -39,6 +41,7 @@ class Transforming:
         self._groups = groups
         self._num_workers = num_workers
         self._awaits = awaits and not num_workers
+        self._idle: list[OwnThread] = []
         self._executor: Executor | None = None
         self._alone = asyncio.Lock()
 
@@ -64,17 +67,19 @@ class Transforming:
 
     def close(self) -> None:
         """Begin nothing more; what is under way is not waited for."""
+        for thread in self._idle:
+            thread.close()
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, transformations: Sequence[TransformComponent], nodes: list[BaseNode]) -> list[BaseNode]:
         if not transformations:
             return nodes
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="milvus-transform")
-        run = contextvars.copy_context().run
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, run, transformed, transformations, nodes)
+        thread = self._idle.pop() if self._idle else OwnThread("milvus-transform")
+        try:
+            return await thread.call(contextvars.copy_context().run, transformed, transformations, nodes)
+        finally:
+            self._idle.append(thread)  # what was cancelled goes on: the next call waits for its end
 
     async def _in_process(self, group: int, nodes: list[BaseNode]) -> list[BaseNode]:
         executor = self._processes()
@@ -115,7 +120,10 @@ class _Alone:
 def transformed(transformations: Sequence[TransformComponent], nodes: list[BaseNode]) -> list[BaseNode]:
     """What the transformations make of these nodes, one after the other."""
     for each in transformations:
-        nodes = list(each(nodes))
+        try:
+            nodes = list(each(nodes))
+        except StopIteration as error:  # which no future takes: whoever waits for it would wait for ever
+            raise RuntimeError(f"{type(each).__name__} raised StopIteration") from error
     return nodes
 
 

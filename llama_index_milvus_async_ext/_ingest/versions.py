@@ -23,14 +23,21 @@ _IRRELEVANT = frozenset(
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
-def version_of(document: BaseNode, pipeline_version: str, source: str) -> str:
-    """The version of a document: it changes with the text, the metadata and how they are shown to the model."""
+def version_of(document: BaseNode, pipeline_version: str, source: str, hash_: str | None = None) -> str:
+    """The version of a document: it changes with the text, the metadata and how they are shown to the model.
+
+    Args:
+        document: The document.
+        pipeline_version: What stands for the transformations.
+        source: The name of its source.
+        hash_: LlamaIndex's hash of it, if it is known: it is computed anew each time that it is asked for.
+    """
     excluded = (document.excluded_embed_metadata_keys, document.excluded_llm_metadata_keys)
     templates = [
         str(getattr(document, name, "")) for name in ("metadata_template", "metadata_separator", "text_template")
     ]
     shown = json.dumps([*map(list, excluded), *templates])
-    return digest([pipeline_version, source, document.class_name(), document.hash, shown])
+    return digest([pipeline_version, source, document.class_name(), hash_ or document.hash, shown])
 
 
 def described(transformations: Sequence[TransformComponent]) -> str:

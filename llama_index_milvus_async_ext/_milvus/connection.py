@@ -18,6 +18,7 @@ from pymilvus.grpc_gen import milvus_pb2
 
 from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._milvus.errors import ClosedConnectionError, RpcFailure, StatusFailure, classify
+from llama_index_milvus_async_ext._milvus.query_request import LookedUp, Wanted, is_readable, query_request
 from llama_index_milvus_async_ext._milvus.quiet import UnknownMethodsFilter, add_filter, silence_pymilvus
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import (
@@ -191,6 +192,30 @@ class Connection:
             found = Answer(answer.results, group.output_fields)
         return [Found(found, place) for place in range(len(queries))]
 
+    async def look_up(self, collection: str, expression: str, wanted: Wanted, timeout: float) -> LookedUp:
+        """What matches, strongly consistent.
+
+        Raises:
+            MilvusException: Milvus rejected the request.
+            RpcFailure: gRPC could not carry it, or its answer.
+        """
+        send = self._searcher("Query")
+        if send is not None:
+            answer = await self._call(send, query_request(collection, expression, wanted), timeout)
+            self._check(answer.status)
+            if is_readable(answer, wanted):
+                return LookedUp(answer, wanted)
+        found = await self.in_thread(
+            self.client.query,
+            collection_name=collection,
+            filter=expression,
+            output_fields=wanted.fields,
+            timeout=timeout,
+            retry_on_rate_limit=False,
+            consistency_level="Strong",
+        )
+        return LookedUp(list(found), wanted)
+
     async def _search_by_public_client(
         self, group: SearchGroup, queries: Sequence[Any], ranker: Any, timeout: float
     ) -> list[Hits]:
@@ -225,7 +250,7 @@ class Connection:
         self.client.close()
 
     def _searcher(self, method: str) -> Any:
-        """What sends search requests: the method of pymilvus's stub; None if it can't be had."""
+        """What sends requests for searches and look-ups: the method of pymilvus's stub; None if it can't be had."""
         return getattr(getattr(getattr(self.client, "_handler", None), "_stub", None), method, None)
 
     def _sender(self, method: str) -> Any:

@@ -9,6 +9,7 @@ from llama_index_milvus_async_ext._lane.items import DeadlinePassedError, Submis
 from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus.endpoint import Call, Endpoint
 from llama_index_milvus_async_ext._milvus.errors import DeadlineError, fresh
+from llama_index_milvus_async_ext._milvus.query_request import LookedUp, Wanted
 from llama_index_milvus_async_ext._milvus.schema import Schema
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._queries.filters import keys_expression
@@ -128,6 +129,16 @@ def query(
                 **options,
             )
         return list(found)
+
+    return run
+
+
+def look_up(collection: str, expression: str, wanted: Wanted) -> Call[LookedUp]:
+    """Look up what matches, as it is now, in the quickest way."""
+
+    async def run(endpoint: Endpoint, timeout: float) -> LookedUp:
+        with endpoint.reloading(collection):
+            return await endpoint.connection.look_up(collection, expression, wanted, timeout)
 
     return run
 

@@ -1,0 +1,240 @@
+"""Ingestion tells the pipeline's docstore what LlamaIndex's own pipeline tells it, but not before it is true."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
+from llama_index.core.schema import Document
+from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.vector_stores.milvus import MilvusVectorStore
+
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore
+from tests.conftest import Backend
+from tests.fault_proxy import FaultProxy
+from tests.faults import MilvusError
+from tests.ingesting import (
+    BOTH,
+    BOTH_NAMES,
+    DIM,
+    Ingest,
+    Lines,
+    Model,
+    counts,
+    doc,
+    docs,
+    expected,
+    held,
+    writing_to,
+)
+
+both = pytest.mark.parametrize("run", BOTH, ids=BOTH_NAMES)
+UPSERTS_AND_DELETE = DocstoreStrategy.UPSERTS_AND_DELETE
+DUPLICATES_ONLY = DocstoreStrategy.DUPLICATES_ONLY
+
+
+@pytest.fixture
+def store(lite_uri: str, collection_name: str) -> Iterator[AsyncMilvusVectorStore]:
+    with AsyncMilvusVectorStore(
+        uri=lite_uri, collection_name=collection_name, dim=DIM, consistency_level="Strong"
+    ) as store:
+        yield store
+
+
+# What comes in one run after another.
+HISTORY = [
+    docs(4),
+    docs(4),
+    [*docs(1), doc("d1", "changed"), *docs(4)[2:]],
+    [doc("d3", "shortened"), doc("new", "one", page=1)],
+    [doc("new", "one", page=2)],
+    docs(2),
+]
+
+
+def content_of(docstore: SimpleDocumentStore) -> dict[str, Any]:
+    return {kind: copy.deepcopy(content) for kind, content in docstore.to_dict().items() if content}
+
+
+@both
+@pytest.mark.parametrize("strategy", list(DocstoreStrategy))
+def test_a_docstore_ends_as_a_plain_pipeline_leaves_it(
+    store: AsyncMilvusVectorStore, lite_uri: str, run: Ingest, strategy: DocstoreStrategy
+) -> None:
+    ours, plain = SimpleDocumentStore(), SimpleDocumentStore()
+
+    async def plainly() -> list[dict[str, Any]]:
+        name = f"{store.collection_name}_plain"
+        plain_store = MilvusVectorStore(uri=lite_uri, collection_name=name, dim=DIM, consistency_level="Strong")
+        pipeline = IngestionPipeline(
+            transformations=[Lines(), Model()],
+            vector_store=plain_store,
+            docstore=plain,
+            docstore_strategy=strategy,
+            disable_cache=True,
+        )
+        contents = []
+        for documents in HISTORY:
+            await pipeline.arun(documents=[each.model_copy(deep=True) for each in documents])
+            contents.append(content_of(plain))
+        plain_store.client.drop_collection(name)
+        plain_store.client.close()
+        return contents
+
+    wanted = asyncio.run(plainly())
+    pipeline = writing_to(store, docstore=ours, docstore_strategy=strategy)
+    for number, documents in enumerate(HISTORY):
+        run(pipeline, [each.model_copy(deep=True) for each in documents])
+        assert content_of(ours) == wanted[number], f"after run {number}"
+
+
+@both
+def test_upserts_and_delete_deletes_what_the_docstore_knows_and_the_stream_does_not_hold(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    docstore = SimpleDocumentStore()
+    pipeline = writing_to(store, docstore=docstore, docstore_strategy=UPSERTS_AND_DELETE)
+    run(writing_to(store), [doc("foreign", "of nobody's docstore")])
+    assert counts(run(pipeline, docs(5))) == (5, 0, 0, 0, 0)
+    assert counts(run(pipeline, docs(2))) == (0, 0, 2, 3, 0)
+    assert held(store) == expected([*docs(2), doc("foreign", "of nobody's docstore")])
+    assert set(docstore.docs) == {"d0", "d1"}
+    assert counts(run(pipeline, [])) == (0, 0, 0, 0, 0)
+    assert set(docstore.docs) == {"d0", "d1"}, "an empty stream deletes nothing"
+    report = run(pipeline, [doc("d0", "refused")], on_failure="collect")
+    assert counts(report) == (0, 0, 0, 1, 1)
+    assert held(store) == expected([*docs(1), doc("foreign", "of nobody's docstore")])
+
+
+@both
+def test_documents_of_the_same_content_are_ingested_once_if_that_is_asked_for(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    model = Model()
+    pipeline = writing_to(store, model, docstore=SimpleDocumentStore(), docstore_strategy=DUPLICATES_ONLY)
+    same = [doc("a", "same"), doc("b", "same"), doc("c", "other")]
+    assert counts(run(pipeline, same)) == (2, 0, 1, 0, 0)
+    assert held(store) == {"a": ["same"], "c": ["other"]}
+    assert counts(run(pipeline, same)) == (0, 0, 3, 0, 0)
+    assert counts(run(pipeline, [doc("later", "same")])) == (0, 0, 1, 0, 0)
+    assert model.texts == 2
+
+
+@both
+@pytest.mark.parametrize("strategy", list(DocstoreStrategy))
+def test_a_docstore_knows_nothing_that_is_not_acknowledged(
+    proxy: FaultProxy, collection_name: str, run: Ingest, strategy: DocstoreStrategy
+) -> None:
+    with AsyncMilvusVectorStore(
+        uri=proxy.uri, collection_name=collection_name, dim=DIM, consistency_level="Strong"
+    ) as store:
+        docstore = SimpleDocumentStore()
+        pipeline = writing_to(store, docstore=docstore, docstore_strategy=strategy)
+        first = [*docs(3), doc("bad", "refused"), doc("worse", "unsplittable")]
+        report = run(pipeline, first, on_failure="collect")
+        assert counts(report) == (3, 0, 0, 0, 2)
+        assert set(docstore.docs) == {"d0", "d1", "d2"}
+        before = content_of(docstore)
+        proxy.script(method="Upsert", fault=MilvusError(65535, "broken"))
+        assert len(run(pipeline, docs(5, version="second"), on_failure="collect").failed) == 5
+        assert content_of(docstore) == before
+        proxy.heal()
+        assert counts(run(pipeline, docs(5, version="second"))) == (2, 3, 0, 0, 0)
+        assert held(store) == expected(docs(5, version="second"))
+        assert {key: node.get_content() for key, node in docstore.docs.items()} == {
+            each.node_id: each.text for each in docs(5, version="second")
+        }
+
+
+@both
+def test_a_docstore_that_raises_fails_the_documents_that_it_was_not_told_of(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    class Full(SimpleDocumentStore):
+        is_full = True
+
+        async def async_add_documents(self, *arguments: Any, **options: Any) -> None:
+            if self.is_full:
+                raise OSError("no room")
+            await super().async_add_documents(*arguments, **options)
+
+    docstore = Full()
+    pipeline = writing_to(store, docstore=docstore)
+    report = run(pipeline, docs(3), on_failure="collect")
+    assert counts(report) == (0, 0, 0, 0, 3)
+    assert {(each.stage, str(each.error)) for each in report.failed} == {("docstore", "no room")}
+    docstore.is_full = False
+    model = Model()
+    assert counts(run(writing_to(store, model, docstore=docstore), docs(3))) == (0, 0, 3, 0, 0)
+    assert model.calls == 0, "they were written the first time"
+    assert set(docstore.docs) == {"d0", "d1", "d2"}, "and it is told now"
+
+
+@both
+def test_a_docstore_that_cannot_be_asked_is_an_error_before_anything_is_done(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    class Gone(SimpleDocumentStore):
+        async def aget_all_document_hashes(self) -> dict[str, str]:
+            raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        run(writing_to(store, docstore=Gone()), docs(3))
+    assert not held(store)
+
+
+@both
+def test_a_docstore_that_was_lost_is_filled_again_without_embedding(
+    backend: Backend, collection_name: str, run: Ingest
+) -> None:
+    with AsyncMilvusVectorStore(uri=backend.uri, collection_name=collection_name, dim=DIM) as store:
+        run(writing_to(store, docstore=SimpleDocumentStore()), docs(3))
+        model, docstore = Model(), SimpleDocumentStore()
+        assert counts(run(writing_to(store, model, docstore=docstore), docs(3))) == (0, 0, 3, 0, 0)
+        assert model.calls == 0
+        assert {key: node.get_content() for key, node in docstore.docs.items()} == {
+            each.node_id: each.text for each in docs(3)
+        }
+
+
+@both
+def test_documents_deleted_as_missing_leave_the_docstore_too(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+    docstore = SimpleDocumentStore()
+    pipeline = writing_to(store, docstore=docstore)
+    run(pipeline, docs(3))
+    assert counts(run(pipeline, docs(2), delete_missing=True)) == (0, 0, 2, 1, 0)
+    assert set(docstore.docs) == {"d0", "d1"}
+
+
+@both
+def test_of_several_documents_of_one_content_each_leaves_when_it_is_gone(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    docstore = SimpleDocumentStore()
+    pipeline = writing_to(store, docstore=docstore)
+    same = [doc("a", "same"), doc("b", "same"), doc("c", "other")]
+    run(pipeline, same)
+    assert set(docstore.docs) == {"a", "b", "c"}
+    run(pipeline, same[2:], delete_missing=True)
+    assert set(docstore.docs) == {"c"}
+    assert held(store) == {"c": ["other"]}
+
+
+@both
+def test_a_docstore_is_given_the_document_as_it_came(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+    class Changing(Lines):
+        def __call__(self, nodes: Any, **kwargs: Any) -> Any:
+            made = super().__call__(nodes)
+            for node in nodes:
+                node.metadata["seen"] = True
+            return made
+
+    docstore = SimpleDocumentStore()
+    given = Document(id_="d0", text="one\ntwo", metadata={"page": 1})
+    hashed = given.hash
+    run(writing_to(store, transformations=[Changing(), Model()], vector_store=store, docstore=docstore), [given])
+    assert docstore.get_document_hash("d0") == hashed

@@ -7,7 +7,6 @@ import inspect
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding, mean_agg
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
@@ -53,7 +52,7 @@ async def embedded(model: BaseEmbedding, questions: list[str], batch: Batch) -> 
         with model.callback_manager.event(CBEventType.EMBEDDING, payload={EventPayload.SERIALIZED: described}) as event:
             at_work = of_loop.get(id(model))
             if at_work is None:
-                at_work = of_loop[id(model)] = _Questions(model, batch, lambda: of_loop.pop(id(model)))
+                at_work = of_loop[id(model)] = _Questions(model, batch, of_loop)
             vectors.append(await at_work.ask(question))
             event.on_end(payload={EventPayload.CHUNKS: [question], EventPayload.EMBEDDINGS: vectors[-1:]})
         dispatcher.event(EmbeddingEndEvent(chunks=[question], embeddings=vectors[-1:]))
@@ -64,26 +63,32 @@ async def embedded(model: BaseEmbedding, questions: list[str], batch: Batch) -> 
 class _Questions:
     """What waits for a model on one event loop, from the first question until none is left."""
 
-    def __init__(self, model: BaseEmbedding, batch: Batch, on_end: Callable[[], Any]) -> None:
-        self.model = model
+    def __init__(self, model: BaseEmbedding, batch: Batch, at_work: dict[int, _Questions]) -> None:
+        self._model = model
         self._batch = batch
+        self._at_work = at_work
         self._waiting: deque[tuple[str, asyncio.Future[list[float]]]] = deque()
         self._task = asyncio.create_task(self._work())
-        self._task.add_done_callback(lambda _: on_end())
+        self._task.add_done_callback(self._end)
 
     async def ask(self, question: str) -> list[float]:
+        """The embedding of a question."""
         answer: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
         self._waiting.append((question, answer))
         return await answer
 
     async def _work(self) -> None:
-        try:
-            while self._waiting:
-                some = [self._waiting.popleft() for _ in range(min(len(self._waiting), _QUESTIONS_PER_CALL))]
-                await self._answer([each for each in some if not each[1].done()])
-        finally:
-            for _, answer in self._waiting:  # the loop ends
-                answer.cancel()
+        while self._waiting:
+            some = [self._waiting.popleft() for _ in range(min(len(self._waiting), _QUESTIONS_PER_CALL))]
+            await self._answer([each for each in some if not each[1].done()])
+        self._end()  # now: whoever comes next must not wait here
+
+    def _end(self, _: object = None) -> None:
+        """Let go of the model; if the loop ends, so does the waiting."""
+        if self._at_work.get(id(self._model)) is self:
+            del self._at_work[id(self._model)]
+        for _, answer in self._waiting:
+            answer.cancel()
 
     async def _answer(self, some: list[tuple[str, asyncio.Future[list[float]]]]) -> None:
         """Answer questions; of those that the model refuses together, each that it takes alone."""

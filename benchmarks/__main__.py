@@ -21,6 +21,7 @@ from benchmarks import (
     adds,
     bulk,
     charts,
+    clients,
     embedding,
     ingestion,
     ingestion_again,
@@ -95,6 +96,9 @@ _WORKLOADS: dict[str, _Workload] = {
         memory.run, backend.uri, backend.token, dim=_DIM, rounds=scale.rounds, count=100_000
     ),
     "sizes": lambda backend, scale: sizes.run(backend, dim=_DIM, rounds=scale.rounds),
+    "clients": lambda backend, scale: clients.run(
+        backend, dim=_DIM, rounds=scale.rounds, rows=scale.of(6_000, 2_000), seconds=scale.of(5.0, 2.0)
+    ),
     "latency": lambda backend, scale: latency.run(
         backend,
         dim=_DIM,

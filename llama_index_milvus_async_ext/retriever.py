@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 
 from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
+from llama_index_milvus_async_ext._queries import questions
 from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
 
 T = TypeVar("T")
@@ -120,12 +122,12 @@ class AsyncMilvusRetriever(BaseRetriever):
             return await self._aretrieved(queries)
 
     async def _aretrieved(self, queries: Sequence[QueryType]) -> list[list[NodeWithScore]]:
-        at_once = asyncio.Semaphore(self._embed_model.num_workers or _CONCURRENT_EMBEDDINGS) if self._embeds else None
+        together = self._embeds and questions.batch_of(self._embed_model) is not None
+        bound = self._embed_model.num_workers or _CONCURRENT_EMBEDDINGS if self._embeds and not together else None
+        at_once = asyncio.Semaphore(bound) if bound else contextlib.nullcontext()
 
         async def embedded(query: QueryType) -> QueryBundle:
             bundle = QueryBundle(query) if isinstance(query, str) else query
-            if at_once is None:
-                return bundle
             async with at_once:
                 return await self._aembedded(bundle)
 
@@ -159,7 +161,11 @@ class AsyncMilvusRetriever(BaseRetriever):
     async def _aembedded(self, bundle: QueryBundle) -> QueryBundle:
         if not self._embeds or bundle.embedding is not None or not bundle.embedding_strs:
             return bundle
-        embedding = await self._embed_model.aget_agg_embedding_from_queries(bundle.embedding_strs)
+        batch = questions.batch_of(self._embed_model)
+        if batch is not None:
+            embedding = await questions.embedded(self._embed_model, bundle.embedding_strs, batch)
+        else:
+            embedding = await self._embed_model.aget_agg_embedding_from_queries(bundle.embedding_strs)
         return QueryBundle(bundle.query_str, bundle.image_path, bundle.custom_embedding_strs, embedding)
 
     def _vector_store_query(self, bundle: QueryBundle, embedding: list[float] | None) -> VectorStoreQuery:

@@ -19,6 +19,7 @@ from llama_index_milvus_async_ext._lane import ledger as ledger_module
 from llama_index_milvus_async_ext._lane.entrance import Entrance
 from llama_index_milvus_async_ext._lane.items import CancelledCallError, DeadlinePassedError
 from llama_index_milvus_async_ext._lane.lanes import Flight, Lane
+from llama_index_milvus_async_ext._lane.precedence import URGENT_SECONDS
 from llama_index_milvus_async_ext.retry import RetryPolicy, Verdict
 from tests.conftest import examples
 from tests.lane_world import LAST_ATTEMPT_SECONDS, Call, Value, World
@@ -928,6 +929,65 @@ def test_lanes_take_turns_for_the_slots(world: World) -> None:
             world.answer(first(world), None)
             world.settle_down()
         assert len(world.requests) - requests <= 3
+
+
+def out_of(world: World, lane: Any) -> int:
+    return sum(flight.lane is lane for flight in world.out)
+
+
+def test_writes_give_way_while_searches_come_and_take_all_slots_again_afterwards(world: World) -> None:
+    writes = world.lane(max_items=1, most_beside_urgent=2)
+    searches = world.lane(max_items=1, urgent=True)
+    world.submit_many(writes, 20)
+    world.settle_down()
+    assert out_of(world, writes) == 4, "nobody searches"
+    world.submit_many(searches, 1)
+    world.settle_down()
+    world.answer(first(world), None)
+    world.settle_down()
+    assert (out_of(world, writes), out_of(world, searches)) == (3, 1), "what is out is left to end"
+    while out_of(world, writes) > 2:
+        world.answer(next(flight for flight in world.out if flight.lane is writes), None)
+        world.settle_down()
+    world.answer(next(flight for flight in world.out if flight.lane is searches), None)
+    world.settle_down()
+    assert out_of(world, writes) == 2, "another search may come at once"
+    assert world.core.next_wake() == pytest.approx(world.now + URGENT_SECONDS)
+    world.now += URGENT_SECONDS
+    world.settle_down()
+    assert out_of(world, writes) == 4
+    world.finish()
+
+
+def test_searches_that_never_end_starve_no_write(world: World) -> None:
+    writes = world.lane(max_items=1, most_beside_urgent=2)
+    searches = world.lane(max_items=1, urgent=True, max_in_flight=4)
+    call = world.submit_many(writes, 20)
+    for _ in range(200):
+        world.submit_many(searches, 1)
+        world.settle_down()
+        world.answer(first(world), None)
+        world.now += URGENT_SECONDS / 10
+    assert not call.open
+    world.finish()
+
+
+def test_a_write_that_is_sent_again_gives_way_as_well(world: World) -> None:
+    writes = world.lane(max_items=1, most_beside_urgent=1, max_in_flight=4, policy=patient(deadline_seconds=100))
+    searches = world.lane(max_items=1, urgent=True)
+    world.submit_many(writes, 3)
+    world.settle_down()
+    for flight in list(world.out):
+        world.answer(flight, Verdict.TRANSIENT)
+    for _ in range(100):
+        world.submit_many(searches, 1)
+        world.now += URGENT_SECONDS / 2
+        world.settle_down()
+        assert out_of(world, writes) <= 1
+        for flight in [flight for flight in world.out if flight.lane is searches]:
+            world.answer(flight, None)
+    assert out_of(world, writes) == 1
+    world.finish()
 
 
 def test_what_is_sent_again_comes_first_but_starves_nobody(world: World) -> None:

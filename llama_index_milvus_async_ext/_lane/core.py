@@ -14,6 +14,7 @@ from llama_index_milvus_async_ext._lane.items import CancelledCallError, Deadlin
 from llama_index_milvus_async_ext._lane.lanes import Flight, Lane
 from llama_index_milvus_async_ext._lane.ledger import Ledger
 from llama_index_milvus_async_ext._lane.limit import Limit
+from llama_index_milvus_async_ext._lane.precedence import Precedence
 from llama_index_milvus_async_ext._lane.turns import Turns
 from llama_index_milvus_async_ext.retry import Verdict
 
@@ -40,7 +41,8 @@ class Core:
     def __init__(self, classify: Callable[[BaseException], Verdict]) -> None:
         self.limit = Limit()
         self._air = Air()
-        self._turns = Turns(self.limit, self._air.holding)
+        self._precedence = Precedence(self._air.holding)
+        self._turns = Turns(self.limit, self._air.holding, self._precedence)
         self._ledger = Ledger(self._turns.give_to_next_of_key)
         self._carrier = Carrier(classify, self.limit, self._air, self._turns, self._ledger)
         self._submissions = 0
@@ -92,6 +94,7 @@ class Core:
         submission: Submission[Any] = Submission(lane, values, keys, on_done, now, self._submissions, own_keys)
         self._ledger.enter(submission)
         if values:
+            self._precedence.note(lane, now)
             self.limit.allow(lane.ceiling)
             lane.entrance.queue(submission)
             self._turns.give_to_entrance(lane.entrance)
@@ -125,10 +128,12 @@ class Core:
         self, flight: Flight[Any], results: Sequence[Any] | None, error: BaseException | None, now: float
     ) -> None:
         """Note how a request ended: with one result for each of its payloads, or with an error."""
+        self._precedence.note(flight.lane, now)
         self._carrier.ended(flight, results, error, now)
 
     def step(self, now: float) -> bool:
         """Do a small part of what can be done now; whether there is more."""
+        self._precedence.now = now
         self._air.wake(now)
         expired, is_more = self._ledger.expire(now, self.limit.progress_at)
         for submission in expired:
@@ -174,7 +179,9 @@ class Core:
 
     def next_wake(self) -> float | None:
         """When to call `step` again though nothing happens; None if only an event can change anything."""
-        times = self._air.next_wake(self.limit.progress_at), self._ledger.next_due(self.limit.progress_at)
+        progress_at = self.limit.progress_at
+        times = [self._air.next_wake(progress_at), self._ledger.next_due(progress_at), self._turns.next_wake()]
+        times.append(self._precedence.next_wake([flight.lane for flight in self._air.again]))
         return min((time for time in times if time is not None), default=None)
 
     def take_effects(self) -> Effects:

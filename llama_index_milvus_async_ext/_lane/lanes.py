@@ -101,6 +101,8 @@ class Lane(Generic[T, R]):
         abort_when_unwanted: Whether a request is aborted once all its callers gave up (right for reads; a write is
             left to end, because an aborted write may still be applied, after a later one of the same key).
         exclusive: Lanes with an equal one, if it is not None, have one request out in all.
+        urgent: Whether others give way to its requests; see `most_beside_urgent`.
+        most_beside_urgent: While urgent requests come, as many of all lanes with this set may be out; None: any number.
         key: Under which the shell forgets the lane when it is idle; None: whoever made it keeps it.
     """
 
@@ -117,6 +119,8 @@ class Lane(Generic[T, R]):
     spread_above: int | None = None
     abort_when_unwanted: bool = False
     exclusive: Hashable | None = None
+    urgent: bool = False
+    most_beside_urgent: int | None = None
     key: Hashable | None = None
 
     ring: deque[Submission[R]] = field(default_factory=deque)  # submissions with items that may be sent

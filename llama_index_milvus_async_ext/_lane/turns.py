@@ -11,6 +11,7 @@ from llama_index_milvus_async_ext._lane.entrance import Entrance
 from llama_index_milvus_async_ext._lane.items import Item
 from llama_index_milvus_async_ext._lane.lanes import Flight, Lane
 from llama_index_milvus_async_ext._lane.limit import Limit
+from llama_index_milvus_async_ext._lane.precedence import Precedence
 
 
 class Turns:
@@ -19,11 +20,13 @@ class Turns:
     Args:
         limit: How many slots there are.
         holding: The flights that have one.
+        precedence: Who gives way to whom.
     """
 
-    def __init__(self, limit: Limit, holding: Collection[Flight[Any]]) -> None:
+    def __init__(self, limit: Limit, holding: Collection[Flight[Any]], precedence: Precedence) -> None:
         self._limit = limit
         self._holding = holding
+        self._precedence = precedence
         self._lanes: deque[Lane[Any, Any]] = deque()
         self._entrances: deque[Entrance] = deque()
 
@@ -96,10 +99,16 @@ class Turns:
         return self._limit.free(len(self._holding), lane.ceiling) > 0 and not self.waits_for_another(lane)
 
     def waits_for_another(self, lane: Lane[Any, Any]) -> bool:
-        """Whether a request is out beside which this lane may not have one."""
+        """Whether a request is out beside which this lane may not have one, or others go first."""
+        if self._precedence.holds_back(lane):
+            return True
         exclusive: Hashable | None = lane.exclusive
         return exclusive is not None and any(flight.lane.exclusive == exclusive for flight in self._holding)
 
     def free_slots(self, lane: Lane[Any, Any]) -> int:
         """Slots that a lane could take now."""
         return min(self._limit.free(len(self._holding), lane.ceiling), lane.max_in_flight - len(lane.flights))
+
+    def next_wake(self) -> float | None:
+        """When a lane that is held back may go on."""
+        return self._precedence.next_wake(self._lanes)

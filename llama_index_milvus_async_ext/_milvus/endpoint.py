@@ -47,6 +47,8 @@ _LEAST_QUERIES = 250
 # Hits that one search request may ask for: with 4 kB each, two thirds of what a server may answer at once (64 MiB).
 # A larger answer would cost the server its work and then be halved.
 _MAX_HITS = 10_000
+# Writes that are under way while somebody searches: more of them keep the server from the searches.
+_WRITES_BESIDE_SEARCHES = 2
 _LEAST_CAPACITY = 64
 _LAST_ANSWERS_SECONDS = 2.0
 _LEAST_SECONDS = 0.05  # for a request after a long wait for the right to write
@@ -188,6 +190,7 @@ class Endpoint:
             rpc_timeout_seconds=limits.rpc_timeout_seconds,
             spread_above=_LEAST_ROWS,
             exclusive=self._exclusive,
+            most_beside_urgent=_WRITES_BESIDE_SEARCHES,
         )
 
     def search_request(self, group: SearchGroup, ranker: Any, limits: Limits, queries: Sequence[Any]) -> Request:
@@ -212,6 +215,7 @@ class Endpoint:
                 rpc_timeout_seconds=limits.rpc_timeout_seconds,
                 spread_above=None if self.is_lite else _LEAST_QUERIES,
                 abort_when_unwanted=True,
+                urgent=True,
             )
 
         return Request(self.shell, lambda: self.shell.lane((self, group, limits), make), queries)

@@ -420,8 +420,11 @@ async def test_the_last_store_of_an_address_closes_its_connections_and_those_bef
     async def has_connections(count: int) -> None:
         await until(lambda: connections_to(proxy) == count)
 
+    opened().close()  # the collection is there now
     stores = [opened(), opened(batch_size=10), opened(token="root:Milvus")]
-    await has_connections(3 + 2)  # each store's, and one for those that are connected alike
+    await has_connections(2)  # one for those that are connected alike
+    assert all(store.client.has_collection(collection_name) for store in stores)
+    await has_connections(2 + 3)  # and one for each whose client was asked for
     for left in (4, 2):
         store = stores.pop(0)
         await store.aclose()

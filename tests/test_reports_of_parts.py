@@ -11,7 +11,6 @@ import pytest
 from llama_index.core.schema import TextNode
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.event_handlers import BaseEventHandler
-from llama_index_milvus_async_ext._store.parts import Part
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy, WriteReport
 from llama_index_milvus_async_ext._ingest import embed_and_write

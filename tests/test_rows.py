@@ -244,7 +244,7 @@ def test_what_nearly_all_nodes_are_is_written_without_pydantic(monkeypatch: pyte
     odd.metadata[None] = "which pydantic writes otherwise"  # type: ignore[index]
     written: list[int] = []
 
-    class CountedRelation(node_json._Relation):
+    class CountedMetadata(node_json._Metadata):
         def __init__(self, *arguments: Any) -> None:
             written.append(1)
             super().__init__(*arguments)
@@ -253,11 +253,11 @@ def test_what_nearly_all_nodes_are_is_written_without_pydantic(monkeypatch: pyte
         raise AssertionError("through pydantic")
 
     monkeypatch.setattr(TextNode, "model_dump", model_dump)
-    monkeypatch.setattr(node_json, "_Relation", CountedRelation)
+    monkeypatch.setattr(node_json, "_Metadata", CountedMetadata)
     for_all = NodeJson("text")
     for node in nodes:
         for_all.stored(node)
-    assert len(written) == 1, "the source of the chunks of a document is written once"
+    assert len(written) == 1, "the metadata of a document is written once for all its chunks"
     with pytest.raises(AssertionError, match="through pydantic"):
         for_all.stored(odd)
 

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ from pymilvus.exceptions import ConnectError
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore
 from llama_index_milvus_async_ext._milvus import lite
-from llama_index_milvus_async_ext._milvus.session import Connected
-from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from tests.conftest import MakeNodes
 from tests.fault_proxy import FaultProxy
 from tests.faults import Fault, MilvusError, Nth, Refuse
@@ -136,13 +135,33 @@ async def test_an_opening_that_ends_midway_by_whatever_error_leaves_nothing_behi
         assert len(store.add(make_nodes(3, dim=DIM))) == 3
 
 
-async def test_a_connection_made_anew_that_lacks_its_second_half_leaves_nothing_behind(proxy: FaultProxy) -> None:
-    """As in a forked child, which has two to make."""
-    refused = proxy.script(Refuse(), method="Connect", on=Nth(2))
-    with pytest.raises(ConnectError):
-        Connected.anew(ConnectionSettings(proxy.uri), use_async_client=False)
-    assert refused.struck == 1
+async def test_a_client_that_can_not_be_made_leaves_the_store_as_it_is(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM).close()
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM) as store:
+        refused = proxy.script(Refuse(), method="Connect", on=Nth(1))
+        with pytest.raises(ConnectError):
+            _ = store.client
+        assert refused.struck == 1
+        assert len(store.add(make_nodes(3, dim=DIM))) == 3
+        assert store.client.has_collection(collection_name)
     await until(lambda: nothing_is_left_of(proxy))
+
+
+async def test_clients_of_pymilvus_are_made_once_and_only_if_asked_for(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM).close()
+    before = len([record for record in proxy.requests if record.method == "Connect"])
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM) as store:
+        store.add(make_nodes(3, dim=DIM))
+        made = [record.method for record in proxy.requests].count("Connect") - before
+        assert made == 1, "the one that the requests take"
+        with ThreadPoolExecutor(8) as threads:
+            clients = {id(client) for client in threads.map(lambda _: store.client, range(8))}
+        assert len(clients) == 1
+        assert store.client is store._milvusclient and store.aclient is store._async_milvusclient
 
 
 async def test_of_two_stores_one_that_could_not_be_opened_closes_nothing_of_the_other(

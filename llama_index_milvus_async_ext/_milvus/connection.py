@@ -13,8 +13,8 @@ import grpc
 import orjson
 from pymilvus import AnnSearchRequest
 from pymilvus.client import ts_utils
-from pymilvus.exceptions import ConnectError, MilvusException
-from pymilvus.grpc_gen import milvus_pb2
+from pymilvus.exceptions import ConnectError, ErrorCode, MilvusException
+from pymilvus.grpc_gen import common_pb2, milvus_pb2
 
 from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._milvus.errors import ClosedConnectionError, RpcFailure, StatusFailure, classify
@@ -29,7 +29,6 @@ from llama_index_milvus_async_ext._milvus.search_request import (
     as_pymilvus_takes_them,
     hits_of_pymilvus,
     search_request,
-    warm_up,
 )
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from llama_index_milvus_async_ext._milvus.write_request import write_request
@@ -45,7 +44,6 @@ class Connection:
     """
 
     def __init__(self, settings: ConnectionSettings) -> None:
-        warm_up()
         self.uri = settings.uri
         if settings.is_file:
             add_filter("grpc._server", UnknownMethodsFilter)
@@ -61,6 +59,7 @@ class Connection:
         self._schemas: dict[str, Schema] = {}
         self._is_closed = False
         self.db_name: str = getattr(getattr(self.client, "_config", None), "db_name", "")
+        self._metadata = [("dbname", self.db_name)] if self.db_name else None
 
     @property
     def address(self) -> str:
@@ -134,6 +133,25 @@ class Connection:
             known = self._schemas[collection] = Schema(described)
         known.confirmed_at = time.monotonic()
         return known
+
+    def metrics(self, collection: str, timeout: float) -> dict[str, str]:
+        """The metric of each index of a collection, by its field; blocks."""
+        describe = self._searcher("DescribeIndex")
+        described: list[dict[str, Any]]
+        if describe is None:
+            names = self.client.list_indexes(collection, timeout=timeout)
+            described = [self.client.describe_index(collection, name, timeout=timeout) or {} for name in names]
+        else:  # all of them in one answer
+            request = milvus_pb2.DescribeIndexRequest(collection_name=collection)
+            answer = describe(request, timeout=timeout, metadata=self._metadata)
+            if answer.status.code == ErrorCode.INDEX_NOT_FOUND or answer.status.error_code == common_pb2.IndexNotExist:
+                return {}
+            self._check(answer.status)
+            described = [
+                {"field_name": index.field_name, **{pair.key: pair.value for pair in index.params}}
+                for index in answer.index_descriptions
+            ]
+        return {index["field_name"]: index.get("metric_type", "") for index in described if index}
 
     def forget_schema(self, collection: str) -> None:
         """Ask for the schema again next time."""
@@ -266,7 +284,6 @@ class Connection:
 
     async def _call(self, method: Any, request: Any, timeout: float) -> Any:
         """Make a call of gRPC's, and hand its answer to this loop."""
-        metadata = [("dbname", self.db_name)] if self.db_name else None
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
 
@@ -291,7 +308,7 @@ class Connection:
                 loop.call_soon_threadsafe(deliver, call)
 
         try:
-            call = method.future(request, timeout=timeout, metadata=metadata)
+            call = method.future(request, timeout=timeout, metadata=self._metadata)
         except ValueError:  # a closed channel says so like this
             raise ClosedConnectionError() from None
         del request

@@ -24,7 +24,7 @@ from llama_index_milvus_async_ext._milvus.limits import Limits, WriteTarget
 from llama_index_milvus_async_ext._milvus.opening import connect
 from llama_index_milvus_async_ext._milvus.quiet import log_retry
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
-from llama_index_milvus_async_ext._milvus.search_request import Found, SearchGroup
+from llama_index_milvus_async_ext._milvus.search_request import Found, SearchGroup, warm_up
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from llama_index_milvus_async_ext._milvus.sharing import Sharing
 from llama_index_milvus_async_ext._milvus.write_lock import WriteLock
@@ -195,6 +195,7 @@ class Endpoint:
 
     def search_request(self, group: SearchGroup, ranker: Any, limits: Limits, queries: Sequence[Any]) -> Request:
         """Searches, each of which may share a request with others of its group; the results are `Found`."""
+        warm_up()
 
         async def send(queries: list[Any], _upsert: bool, timeout: float) -> list[Found]:
             with self.reloading(group.collection):

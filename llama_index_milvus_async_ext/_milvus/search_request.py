@@ -77,9 +77,9 @@ def search_request(group: SearchGroup, queries: Sequence[Any], session_timestamp
 
 @functools.cache
 def warm_up() -> None:
-    """Build a request, so that pymilvus imports now what it imports with the first one.
+    """Build a request, so that pymilvus imports what it imports with the first one: scipy, in 80 ms.
 
-    It is scipy, in 80 ms, for which the I/O thread would stand still, and which a fork may catch half imported.
+    In the thread of whoever asks first: the I/O thread has others to serve.
     """
     search_request(SearchGroup("c", "v", 1, "", (), b"{}"), [b"\0\0\0\0"], 0)
 

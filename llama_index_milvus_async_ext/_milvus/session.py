@@ -29,33 +29,48 @@ class Connected:
     """What a store is connected with, in the process that connected it, and the calls that need it.
 
     A call is begun with the port of its caller, and ended however it ends; `finish` waits for those that can end.
+
+    Args:
+        endpoint: The endpoint, open for this.
+        settings: Its settings.
+        client: A client of pymilvus's that the store has already, and that is closed with it.
     """
 
-    def __init__(self, endpoint: Endpoint, client: MilvusClient, async_client: AsyncMilvusClient | None) -> None:
+    def __init__(self, endpoint: Endpoint, settings: ConnectionSettings, client: MilvusClient | None = None) -> None:
         self.pid = os.getpid()
         self.endpoint = endpoint
-        self.client = client
-        self.async_client = async_client
-        if async_client is not None:
-            lite.belongs_to_store(async_client)
         self.closed = False
+        self._settings = settings
+        self._client = client
+        self._async_client: AsyncMilvusClient | None = None
+        self._making = threading.Lock()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._calls: dict[Port, int] = {}
         self._ending = False
 
-    @classmethod
-    def anew(cls, settings: ConnectionSettings, use_async_client: bool) -> Connected:
-        """Connect in this process."""
-        endpoint = Endpoint.open(settings)
-        try:
-            async_client = None
-            if use_async_client:
-                async_client = AsyncMilvusClient(uri=endpoint.uri, token=settings.token, **settings.client_options)
-            return cls(endpoint, another_client(settings, endpoint.uri), async_client)
-        except BaseException:
-            endpoint.close()
-            raise
+    # Pymilvus's clients, made when the user asks for one: each is a connection of its own, nothing here needs them,
+    # and to connect them took most of the time in which a store opens.
+
+    @property
+    def client(self) -> MilvusClient:
+        """A client of pymilvus's."""
+        with self._making:
+            if self._client is None:
+                self._client = another_client(self._settings, self.endpoint.uri)
+            return self._client
+
+    @property
+    def async_client(self) -> AsyncMilvusClient:
+        """An async client of pymilvus's."""
+        with self._making:
+            if self._async_client is None:
+                settings = self._settings
+                self._async_client = AsyncMilvusClient(
+                    uri=self.endpoint.uri, token=settings.token, **settings.client_options
+                )
+                lite.belongs_to_store(self._async_client)
+            return self._async_client
 
     def begin(self, port: Port) -> None:
         """Begin a call.
@@ -127,7 +142,8 @@ class Connected:
                 return
             self.closed = True
         with forks.quiet.busy():
-            self.client.close()
+            if self._client is not None:
+                self._client.close()
             self.endpoint.close()
 
 

@@ -6,12 +6,15 @@ metadata that is more than plain values, or of a llama-index-core whose nodes ha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
 from json.encoder import encode_basestring as _string
+from operator import itemgetter
 from typing import Any
 
+import orjson
 from llama_index.core.schema import BaseNode, NodeRelationship, ObjectType, RelatedNodeInfo, TextNode
 
 # In the order in which pydantic dumps them.
@@ -24,6 +27,8 @@ _OTHER_KEYS = frozenset({*_TEXT_NODE_FIELDS, "class_name"} - {"text"})
 _RELATION_FIELDS = ("node_id", "node_type", "metadata", "hash")
 _PLAIN_TYPES = frozenset({str, int, bool, type(None)})
 _STRING = frozenset({str})
+
+_TEMPLATES_OF = itemgetter("metadata_template", "metadata_separator", "mimetype", "text_template")
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 _OF_FALSE = {type(None): "null", list: "[]", dict: "{}"}  # what most nodes have in some fields
@@ -62,7 +67,13 @@ class NodeJson:
         self._text_key = text_key
         self._with_text = text_key != "text"
         self._knows_text_nodes = _knows_text_nodes and text_key not in _OTHER_KEYS
-        self._recent: dict[NodeRelationship, _Relation] = {}
+        # What most nodes have in common with the one before is written once.
+        self._metadata: _Metadata | None = None  # of its document, and so of its other chunks, and often its own
+        self._source: tuple[tuple[Any, ...], str] | None = None
+        self._excluded: tuple[list[str], list[str]] | None = None
+        self._excluded_json = ""
+        self._templates: tuple[str, ...] | None = None
+        self._before_text = self._after_text = self._end = ""
 
     def stored(self, node: BaseNode) -> tuple[str, dict[str, Any], str]:
         """What is stored of a node.
@@ -74,9 +85,9 @@ class NodeJson:
             ValueError, TypeError, RecursionError: It can't be written as JSON.
         """
         if self._knows_text_nodes and type(node) is TextNode:
-            written = self._plain_content(node)
+            written = self._plain(node)
             if written is not None:
-                return written, dict(node.metadata), node.text
+                return written[0], dict(node.metadata), node.text
         dumped = node.model_dump(mode="json", exclude={"embedding"})
         metadata = dumped.get("metadata", {})
         text = dumped.get("text")
@@ -88,65 +99,110 @@ class NodeJson:
         content.pop("text_resource", None)
         return _encode(content), metadata, text
 
-    def _plain_content(self, node: TextNode) -> str | None:
+    def plain(self, node: BaseNode) -> tuple[str, bytes | None] | None:
+        """A plain text node as JSON, without its text; None if that takes `stored`.
+
+        Beside it stands its metadata as orjson writes it, if that is known.
+
+        Raises:
+            ValueError, TypeError: As `stored`.
+        """
+        return self._plain(node) if self._knows_text_nodes and type(node) is TextNode else None
+
+    def _plain(self, node: TextNode) -> tuple[str, bytes | None] | None:
         """What pydantic would dump of a text node, but for its embedding; None if that takes pydantic."""
         fields = node.__dict__
-        metadata = fields["metadata"]
         excluded = fields["excluded_embed_metadata_keys"], fields["excluded_llm_metadata_keys"]
-        if not _is_plain(metadata):
-            return None
-        for keys in excluded:
-            if keys and not _STRING.issuperset(map(type, keys)):
+        if excluded != self._excluded:
+            if not all(_STRING.issuperset(map(type, keys)) for keys in excluded):
                 return None
+            self._excluded = [*excluded[0]], [*excluded[1]]
+            self._excluded_json = (
+                f'"excluded_embed_metadata_keys": {_json(excluded[0])}, '
+                f'"excluded_llm_metadata_keys": {_json(excluded[1])}, "relationships": '
+            )
         relations = []
         for kind, relation in fields["relationships"].items():
             if type(relation) is not RelatedNodeInfo or type(kind) is not NodeRelationship:
                 return None
-            # The chunks of a document come one after the other, and name the same source: it is written once.
-            recent = self._recent.get(kind)
-            if recent is None or not recent.is_of(relation.__dict__):
-                if not _is_plain(relation.__dict__["metadata"]):
-                    return None
-                recent = self._recent[kind] = _Relation(kind, relation.__dict__)
-            relations.append(recent.written)
-        # Put together by hand: one call of the encoder for a dict of all this takes twice as long.
-        return (
-            f'{{"id_": {_string(fields["id_"])}, "embedding": null, "metadata": {_json(metadata)}, '
-            f'"excluded_embed_metadata_keys": {_json(excluded[0])}, '
-            f'"excluded_llm_metadata_keys": {_json(excluded[1])}, "relationships": {{{", ".join(relations)}}}, '
-            f'"metadata_template": {_string(fields["metadata_template"])}, '
-            f'"metadata_separator": {_string(fields["metadata_separator"])}, '
-            f'"text": {_string(fields["text"] if self._with_text else "")}, "mimetype": {_string(fields["mimetype"])}, '
-            f'"start_char_idx": {_json(fields["start_char_idx"])}, "end_char_idx": {_json(fields["end_char_idx"])}, '
-            f'"text_template": {_string(fields["text_template"])}, "class_name": "TextNode"}}'
+            relation_json = self._relation(kind, relation.__dict__)
+            if relation_json is None:
+                return None
+            relations.append(relation_json)
+        known, metadata = self._metadata, fields["metadata"]
+        if known is not None and known.is_of(metadata):
+            written, dumped = known.written, known.dumped
+        elif _is_plain(metadata):
+            written, dumped = _json(metadata), None
+        else:
+            return None
+        templates = _TEMPLATES_OF(fields)
+        if templates != self._templates:
+            self._templates = templates
+            self._before_text = (
+                f'"metadata_template": {_string(templates[0])}, "metadata_separator": {_string(templates[1])}, "text": '
+            )
+            self._after_text = f', "mimetype": {_string(templates[2])}, "start_char_idx": '
+            self._end = f', "text_template": {_string(templates[3])}, "class_name": "TextNode"}}'
+        text = _string(fields["text"]) if self._with_text else '""'
+        start, end = fields["start_char_idx"], fields["end_char_idx"]
+        # Put together by hand: one call of the encoder for a dict of all this takes three times as long.
+        content = (
+            f'{{"id_": {_string(fields["id_"])}, "embedding": null, "metadata": {written}, '
+            f"{self._excluded_json}{{{', '.join(relations)}}}, {self._before_text}{text}{self._after_text}"
+            f'{"null" if start is None else _json(start)}, "end_char_idx": {"null" if end is None else _json(end)}'
+            f"{self._end}"
         )
+        return content, dumped
+
+    def _relation(self, kind: NodeRelationship, about: Mapping[str, Any]) -> str | None:
+        """A relationship as it is written; None if that takes pydantic."""
+        known, metadata = self._metadata, about["metadata"]
+        is_known = known is not None and known.is_of(metadata)
+        if not (is_known or _is_plain(metadata)):
+            return None
+        key = node_id, node_type, hash_ = about["node_id"], about["node_type"], about["hash"]
+        is_source = kind is NodeRelationship.SOURCE
+        if is_source and is_known and self._source is not None and key == self._source[0]:
+            return self._source[1]
+        if is_source and not is_known:
+            known, is_known = _Metadata(metadata), True
+            self._metadata = known
+        written = (
+            f'"{kind._value_}": {{"node_id": {_string(node_id)}, '
+            f'"node_type": {_json(node_type._value_ if type(node_type) is ObjectType else node_type)}, '
+            f'"metadata": {known.written if known is not None and is_known else _json(metadata)}, '
+            f'"hash": {_json(hash_)}, "class_name": "RelatedNodeInfo"}}'
+        )
+        if is_source:
+            self._source = key, written
+        return written
 
 
-class _Relation:
-    """A relationship as it was last written."""
+class _Metadata:
+    """Metadata of plain values, as it was last written.
 
-    __slots__ = ("_about", "_keys", "_types", "written")
+    Attributes:
+        written: As `json` writes it, in the JSON of a node.
+        dumped: As orjson writes it, in a row's dynamic fields; None if it can't.
+    """
 
-    def __init__(self, kind: NodeRelationship, about: Mapping[str, Any]) -> None:
-        metadata = about["metadata"]
-        node_type = about["node_type"]
+    __slots__ = ("_keys", "_types", "_values", "dumped", "written")
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
         # What is equal may yet be written otherwise: True and 1, keys in another order, 0.0 and -0.0. The types
         # of those two are equal as well: with a float in it, none is taken for the same.
         self._keys = [*metadata]
         self._types = [*map(type, metadata.values())]
-        self._about = None if float in self._types else {**about, "metadata": dict(metadata)}
-        self.written = (
-            f'"{kind._value_}": {{"node_id": {_string(about["node_id"])}, '
-            f'"node_type": {_json(node_type._value_ if type(node_type) is ObjectType else node_type)}, '
-            f'"metadata": {_json(metadata)}, "hash": {_json(about["hash"])}, "class_name": "RelatedNodeInfo"}}'
-        )
+        self._values = None if float in self._types else dict(metadata)
+        self.written = _json(metadata)
+        self.dumped: bytes | None = None
+        with contextlib.suppress(TypeError):
+            self.dumped = orjson.dumps(metadata)
 
-    def is_of(self, about: Mapping[str, Any]) -> bool:
+    def is_of(self, metadata: Mapping[str, Any]) -> bool:
         """Whether this is what would be written of another one, too."""
-        if about != self._about:
-            return False
-        metadata = about["metadata"]
-        return [*map(type, metadata.values())] == self._types and [*metadata] == self._keys
+        return metadata == self._values and [*map(type, metadata.values())] == self._types and [*metadata] == self._keys
 
 
 def _json(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 from collections.abc import Awaitable, Callable
 from operator import attrgetter
@@ -28,7 +27,8 @@ from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.session import Connected, close_with
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from llama_index_milvus_async_ext._nodes.rows import RowEncoder
-from llama_index_milvus_async_ext._store.opening import arguments_of, check_hooks, fitted, metric_for_new
+from llama_index_milvus_async_ext._store.existing import construct, existing, needs_nothing
+from llama_index_milvus_async_ext._store.opening import arguments_of, check_hooks, fitted
 from llama_index_milvus_async_ext._store.statistics import StoreStatistics
 from llama_index_milvus_async_ext.retry import RetryPolicy
 
@@ -107,67 +107,57 @@ class OpenStore(MilvusVectorStore):
         for name, value in own.items():
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        arguments: dict[str, Any] = dict(
+            collection_name=collection_name,
+            overwrite=overwrite,
+            upsert_mode=upsert_mode,
+            collection_properties=collection_properties,
+            doc_id_field=doc_id_field,
+            text_key=text_key,
+            scalar_field_names=scalar_field_names,
+            scalar_field_types=scalar_field_types,
+            enable_dense=enable_dense,
+            dim=dim,
+            embedding_field=embedding_field,
+            enable_sparse=enable_sparse,
+            sparse_embedding_field=sparse_embedding_field,
+            sparse_embedding_function=sparse_embedding_function,
+            index_management=index_management,
+            batch_size=batch_size,
+            index_config=index_config,
+            sparse_index_config=sparse_index_config,
+            search_config=search_config,
+            similarity_metric=similarity_metric,
+            consistency_level=consistency_level,
+            output_fields=output_fields,
+            hybrid_ranker=hybrid_ranker,
+            hybrid_ranker_params=hybrid_ranker_params or {},
+        )
         settings = ConnectionSettings(uri, token, kwargs, served_at)
         endpoint = Endpoint.open(settings)
         try:
             with forks.quiet.busy(), endpoint.creating(), silence_pymilvus():
+                connection = endpoint.connection
                 if overwrite:
-                    similarity_metric = metric_for_new(similarity_metric, index_config)
+                    found = None
                 else:
-                    wanted = [embedding_field] * enable_dense + [sparse_embedding_field] * enable_sparse
-                    connection = endpoint.connection
-                    ask = functools.partial(
-                        fitted,
-                        connection.client,
-                        lambda: connection.fetch_schema(collection_name, rpc_timeout_seconds),
-                        rpc_timeout_seconds,
-                        collection_name,
-                        wanted_fields=wanted,
-                        embedding_field=embedding_field,
-                        dim=dim,
-                        metric=similarity_metric,
-                        index_config=index_config,
-                        is_lite=endpoint.is_lite,
+                    found = first_answer(settings, lambda: existing(connection, collection_name, rpc_timeout_seconds))
+                arguments |= fitted(found, arguments)
+                if found is not None and needs_nothing(found, arguments):
+                    construct(self, arguments)
+                else:
+                    super().__init__(
+                        uri=endpoint.uri,
+                        token=settings.token,
+                        use_async_client=False,
+                        **arguments,
+                        **settings.client_options,
                     )
-                    dim, similarity_metric = first_answer(settings, ask)
-                super().__init__(
-                    uri=endpoint.uri,
-                    token=settings.token,
-                    collection_name=collection_name,
-                    overwrite=overwrite,
-                    upsert_mode=upsert_mode,
-                    collection_properties=collection_properties,
-                    doc_id_field=doc_id_field,
-                    text_key=text_key,
-                    scalar_field_names=scalar_field_names,
-                    scalar_field_types=scalar_field_types,
-                    enable_dense=enable_dense,
-                    dim=dim,
-                    embedding_field=embedding_field,
-                    enable_sparse=enable_sparse,
-                    sparse_embedding_field=sparse_embedding_field,
-                    sparse_embedding_function=sparse_embedding_function,
-                    index_management=index_management,
-                    batch_size=batch_size,
-                    index_config=index_config,
-                    sparse_index_config=sparse_index_config,
-                    search_config=search_config,
-                    similarity_metric=similarity_metric or "IP",
-                    consistency_level=consistency_level,
-                    output_fields=output_fields,
-                    hybrid_ranker=hybrid_ranker,
-                    hybrid_ranker_params=hybrid_ranker_params or {},
-                    use_async_client=use_async_client,
-                    **settings.client_options,
-                )
-                endpoint.connection.fetch_schema(collection_name, rpc_timeout_seconds)
+                    connection.fetch_schema(collection_name, rpc_timeout_seconds)
         except BaseException:
             # What upstream made before it failed would keep a file from being let go of.
-            made = getattr(self, "__pydantic_private__", None) or {}
-            if made.get("_async_milvusclient") is not None:
-                lite.belongs_to_store(made["_async_milvusclient"])
-            if made.get("_milvusclient") is not None:
-                made["_milvusclient"].close()
+            if (made := self._made_by_upstream()) is not None:
+                made.close()
             endpoint.close()
             raise
         for name, value in own.items():
@@ -175,7 +165,8 @@ class OpenStore(MilvusVectorStore):
         self.uri = settings.uri
         self.retry = retry or RetryPolicy()
         self._settings = settings
-        self._connected = Connected(endpoint, self._milvusclient, self._async_milvusclient)
+        self.use_async_client = use_async_client
+        self._connected = Connected(endpoint, settings, self._made_by_upstream())
         close_with(self, self._connected)
 
     @classmethod
@@ -208,13 +199,24 @@ class OpenStore(MilvusVectorStore):
     @property
     def client(self) -> MilvusClient:
         """Pymilvus's client, for what this class does not offer."""
-        # Upstream's constructor asks for it before there is anything else.
-        return self._milvusclient if self._connected is None else self.live().client
+        made = self._made_by_upstream()
+        if self._connected is None and made is not None:  # upstream's constructor asks before there is anything else
+            return made
+        return self.live().client
 
     @property
     def aclient(self) -> AsyncMilvusClient | None:
         """Pymilvus's async client; unlike this store it serves one event loop only."""
-        return self.live().async_client
+        return self.live().async_client if self.use_async_client else None
+
+    # Upstream's own names for them, where there is nothing until somebody asks.
+    _milvusclient = client
+    _async_milvusclient = aclient
+
+    def _made_by_upstream(self) -> MilvusClient | None:
+        """The client that upstream's constructor has made, if it has run."""
+        client: MilvusClient | None = (getattr(self, "__pydantic_private__", None) or {}).get("_milvusclient")
+        return client
 
     def live(self) -> Connected:
         """What the store is connected with in this process; for this package."""
@@ -225,7 +227,7 @@ class OpenStore(MilvusVectorStore):
             raise RuntimeError("this AsyncMilvusVectorStore is closed; make a new one")
         if connected.pid != os.getpid():  # forked: nothing that was connected in the parent works here
             lite.never_collect(connected)
-            connected = self._connected = Connected.anew(self._settings, self.use_async_client)
+            connected = self._connected = Connected(Endpoint.open(self._settings), self._settings)
             close_with(self, connected)
         return connected
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index.vector_stores.milvus.base import similarity_metrics_map
-from pymilvus import MilvusClient
 
-from llama_index_milvus_async_ext._milvus.schema import Schema
+from llama_index_milvus_async_ext._store.existing import Existing
 
 # Upstream's own methods between its public ones and Milvus, which this package goes another way round: it never calls
 # them, so that to override one would change nothing. And what to override instead.
@@ -29,6 +27,10 @@ BYPASSED_HOOKS = {
     "_parse_from_milvus_results": _RESULTS,
     "_get_id_from_hit": _RESULTS,
 }
+
+
+_VECTORS = {"": "dense", "sparse_": "sparse"}  # of the arguments: how embedding fields are called, and enabled
+_DEFAULT_METRIC = "IP"  # upstream's
 
 
 def check_hooks(cls: type) -> None:
@@ -78,64 +80,43 @@ def metric_for_new(metric: str | None, index_config: dict[str, Any] | None) -> s
     return similarity_metrics_map.get(metric.lower(), "L2") if metric is not None else None  # as upstream reads it
 
 
-def fitted(
-    client: MilvusClient,
-    fetch_schema: Callable[[], Schema],
-    timeout: float,
-    collection: str,
-    *,
-    wanted_fields: Sequence[str],
-    embedding_field: str,
-    dim: int | None,
-    metric: str | None,
-    index_config: dict[str, Any] | None,
-    is_lite: bool,
-) -> tuple[int | None, str | None]:
-    """Dimension and metric to open a collection with: its own, where it exists, checked against those asked for.
+def fitted(found: Existing | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The constructor's `dim` and `similarity_metric` that fit a collection, which are checked against those asked for.
 
     Milvus searches with the metric of the index. What a store calls its metric decides two things only: what an index
     is made with, unless `index_config` names another; and what a hybrid search asks for, which Milvus refuses if it is
     not the index's. So the index's metric is what is returned, where it is known.
 
     Args:
-        client: A client of the collection's database; asked in this thread.
-        fetch_schema: Asks for the collection's schema; called if there is a collection.
-        timeout: Of each question, in seconds: pymilvus would repeat one for minutes.
-        collection: Its name.
-        wanted_fields: Vector fields that the store needs.
-        embedding_field: The one of dense vectors.
-        dim: The dimension asked for; None to take the collection's.
-        metric: The `similarity_metric` asked for; None to take the collection's. A `KnownMetric` is compared with
-            nothing, nor is the dimension beside it.
-        index_config: How an index would be made.
-        is_lite: Whether this is Milvus Lite.
+        found: The collection as it is; None if it is made anew.
+        arguments: The constructor's. `dim` and `similarity_metric` are None where the collection's are to be taken; a
+            `KnownMetric` is compared with nothing, nor is the dimension beside it.
 
     Raises:
         ValueError: The collection has another dimension or metric than those asked for, or lacks a field.
     """
+    collection, dim, metric = (arguments[name] for name in ("collection_name", "dim", "similarity_metric"))
+    index_config = arguments["index_config"]
     asked = metric_for_new(metric, index_config)
-    if not client.has_collection(collection, timeout=timeout):
-        return dim, asked
-    schema = fetch_schema()
+    if found is None:
+        return {"similarity_metric": asked or _DEFAULT_METRIC}
     elsewhere = "or choose another collection_name"
-    missing = [name for name in wanted_fields if name not in schema.names]
+    wanted = [arguments[f"{prefix}embedding_field"] for prefix, kind in _VECTORS.items() if arguments[f"enable_{kind}"]]
+    missing = [name for name in wanted if name not in found.schema.names]
     if missing:
         raise ValueError(
             f"collection {collection!r} exists, but has no field {missing[0]!r}; name its vector field by "
             f"embedding_field or sparse_embedding_field, {elsewhere}"
         )
+    embedding_field = arguments["embedding_field"]
     is_known = isinstance(metric, KnownMetric)
-    stored_dim = schema.params(embedding_field).get("dim")
+    stored_dim = found.schema.params(embedding_field).get("dim")
     if dim is not None and stored_dim is not None and dim != int(stored_dim) and not is_known:
         raise ValueError(
             f"collection {collection!r} has dimension {stored_dim}, but dim={dim} is asked for; "
             f"use the embedding model that it was made for, {elsewhere}"
         )
-    stored = None
-    # Milvus Lite reads the whole collection to describe an index: seconds, for what only hybrid searches make use of.
-    if (asked is not None and not is_known) or len(wanted_fields) > 1 or not is_lite:
-        for index in client.list_indexes(collection, field_name=embedding_field):
-            stored = (client.describe_index(collection, index) or {}).get("metric_type")
+    stored = found.metrics.get(embedding_field) or None
     if asked is not None and stored is not None and asked != stored and not is_known:
         configured = (index_config or {}).get("metric_type")
         source = f"index_config's metric_type {configured!r}" if configured else f"similarity_metric={metric!r}"
@@ -143,4 +124,7 @@ def fitted(
             f"collection {collection!r} is indexed with metric {stored}, but {source} is asked for; "
             f"leave it out, to search by {stored}, {elsewhere}"
         )
-    return (int(stored_dim) if stored_dim is not None else dim), stored or asked
+    return {
+        "dim": int(stored_dim) if stored_dim is not None else dim,
+        "similarity_metric": stored or asked or _DEFAULT_METRIC,
+    }

@@ -23,6 +23,7 @@ from benchmarks import (
     charts,
     clients,
     embedding,
+    far,
     ingestion,
     ingestion_again,
     ingestion_memory,
@@ -30,8 +31,10 @@ from benchmarks import (
     latency,
     lite,
     memory,
+    questions,
     report,
     searches,
+    single,
     sizes,
 )
 from benchmarks.backend import Backend
@@ -99,6 +102,9 @@ _WORKLOADS: dict[str, _Workload] = {
     "clients": lambda backend, scale: clients.run(
         backend, dim=_DIM, rounds=scale.rounds, rows=scale.of(6_000, 2_000), seconds=scale.of(5.0, 2.0)
     ),
+    "single": lambda backend, scale: single.run(backend, dim=_DIM, rounds=scale.many_rounds),
+    "far": lambda backend, scale: far.run(backend, dim=_DIM, rounds=scale.rounds),
+    "questions": lambda backend, scale: questions.run(rounds=scale.many_rounds),
     "latency": lambda backend, scale: latency.run(
         backend,
         dim=_DIM,

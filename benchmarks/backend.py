@@ -19,6 +19,7 @@ from benchmarks.corpus import make_nodes
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore
 
 TOP_K = 3
+METRIC = "COSINE"
 _IDS_PER_PAGE = 10_000
 _COMPARED_ROWS = 20
 # A server takes three seconds to load a new collection, most of which it waits: ten take as long as one.
@@ -81,7 +82,7 @@ class Backend:
     @contextlib.contextmanager
     def _collection(self, dim: int, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The arguments of a store."""
-        arguments = {"uri": self.uri, "token": self.token, "dim": dim, **options}
+        arguments = {"uri": self.uri, "token": self.token, "dim": dim, "similarity_metric": METRIC, **options}
         if "collection_name" in options:
             yield arguments
             return
@@ -98,7 +99,14 @@ class Backend:
         names = [_new_name() for _ in range(1 if self.is_lite else _COLLECTIONS_MADE_AT_ONCE)]
 
         def make(name: str) -> None:
-            MilvusVectorStore(uri=self.uri, token=self.token, dim=dim, collection_name=name, use_async_client=False)
+            MilvusVectorStore(
+                uri=self.uri,
+                token=self.token,
+                dim=dim,
+                collection_name=name,
+                similarity_metric=METRIC,
+                use_async_client=False,
+            )
 
         with ThreadPoolExecutor(len(names)) as threads:
             list(threads.map(make, names))

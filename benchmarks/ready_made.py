@@ -14,7 +14,7 @@ from pymilvus import MilvusClient
 from pymilvus.client import ts_utils
 from pymilvus.client.prepare import Prepare
 
-from benchmarks.backend import TOP_K
+from benchmarks.backend import METRIC, TOP_K
 
 _OUTPUT_FIELDS = ["text", "_node_content", "_node_type"]
 
@@ -47,16 +47,14 @@ def write_requests(
     ]
 
 
-def search_requests(
-    collection: str, queries: Sequence[VectorStoreQuery], queries_per_request: int, metric: str = "IP"
-) -> list[Any]:
+def search_requests(collection: str, queries: Sequence[VectorStoreQuery], queries_per_request: int) -> list[Any]:
     """Requests that carry the queries."""
     return [
         Prepare.search_requests_with_expr(
             collection_name=collection,
             data=[query.query_embedding for query in queries[start : start + queries_per_request]],
             anns_field="embedding",
-            param={"metric_type": metric},
+            param={"metric_type": METRIC},
             limit=TOP_K,
             expr="",
             output_fields=_OUTPUT_FIELDS,

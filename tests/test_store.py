@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -635,3 +636,30 @@ async def test_a_new_collection_is_opened_from_several_threads_at_once(backend: 
     )
     for store in await asyncio.gather(*opening):
         await store.aclose()
+
+
+async def test_calls_leave_nothing_of_ours_to_the_garbage_collector(make_store: Any, make_nodes: MakeNodes) -> None:
+    """Else each answer would stay in memory until its next run, in which all callers stand still."""
+    store, nodes = make_store(), make_nodes(40, dim=DIM)
+    queries = [VectorStoreQuery(query_embedding=node.embedding, similarity_top_k=2) for node in nodes]
+
+    async def calls() -> None:
+        await asyncio.gather(*(store.async_add([node]) for node in nodes))
+        await asyncio.gather(*map(store.aquery, queries))
+        store.add(nodes[:1])
+        store.query(queries[0])
+        await asyncio.sleep(0.05)  # until the I/O thread is through
+
+    await calls()
+    gc.collect()
+    gc.disable()
+    try:
+        await calls()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        ours = [kept for kept in gc.garbage if type(kept).__module__.startswith("llama_index")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not ours

@@ -43,7 +43,7 @@ class Journey:
         self._missing = len(requests)
         self._is_cancelled = False
         # Of many keys, the set is made here, on the caller's thread: the I/O thread has others to serve.
-        self._own_keys = [
+        self._own_keys: list[frozenset[Hashable] | None] = [
             frozenset(request.keys) if request.keys is not None and len(request.keys) > WINDOW else None
             for request in requests
         ]
@@ -63,12 +63,12 @@ class Journey:
             self._missing -= len(self._requests) - len(self.submissions)
             self.cancel()
             if not self.submissions:
-                self._arrived()
+                self._arrive()
 
     def cancel(self) -> None:
         """Give up on them; in the I/O thread, also before they are submitted."""
         if not (self._is_cancelled or self.submissions or self.error):
-            self._arrived()
+            self._arrive()
         self._is_cancelled = True
         for request, submission in zip(self._requests, self.submissions, strict=False):
             request.shell.cancel(submission)
@@ -76,4 +76,14 @@ class Journey:
     def _done(self, _: Submission[Any]) -> None:
         self._missing -= 1
         if not self._missing:
-            self._arrived()
+            self._arrive()
+
+    def _arrive(self) -> None:
+        # Whoever is told holds the journey: were it held in turn, each call, with its answer, would be left to the
+        # garbage collector, whose pauses all callers feel.
+        arrived, self._arrived, self._requests, self._own_keys = self._arrived, _nobody, (), []
+        arrived()
+
+
+def _nobody() -> None:
+    """In the place of whoever has been told."""

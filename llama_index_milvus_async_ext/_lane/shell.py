@@ -146,7 +146,8 @@ class Shell:
             self._tasks[flight].cancel()
         for submission in effects.settled:
             self._forget_if_idle(submission.lane)
-            submission.on_done(submission)
+            on_done, submission.on_done = submission.on_done, _nobody  # which may hold the submission
+            on_done(submission)
         for retry in effects.retries:
             try:
                 self._on_retry(retry)
@@ -175,6 +176,10 @@ class Shell:
     def _forget_if_idle(self, lane: Lane[Any, Any]) -> None:
         if lane.key is not None and lane.idle and self._lanes.get(lane.key) is lane:
             del self._lanes[lane.key]
+
+
+def _nobody(_: Submission[Any]) -> None:
+    """In the place of whoever has been told."""
 
 
 async def _answer(send: Send) -> Sequence[Any] | Exception:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -50,6 +51,7 @@ _MAX_HITS = 10_000
 # Writes that are under way while somebody searches: more of them keep the server from the searches.
 _WRITES_BESIDE_SEARCHES = 2
 _LEAST_CAPACITY = 64
+_MOST_SEARCH_LANES = 256  # that are remembered: filters may differ from search to search
 _LAST_ANSWERS_SECONDS = 2.0
 _LEAST_SECONDS = 0.05  # for a request after a long wait for the right to write
 
@@ -92,6 +94,7 @@ class Endpoint:
         self._shared = self._sharing.join_address(self.connection.address, _new_shell)
         self.shell = self._shared.shell
         self._write_lanes: dict[tuple[Any, ...], Lane[Any, None]] = {}
+        self._search_lanes: dict[tuple[SearchGroup, Limits], Callable[[], Lane[Any, Found]]] = {}
         self._lock = threading.Lock()
         self._reloaded_at: dict[str, float] = {}
         self._torn: set[str] = set()  # collections of a Milvus Lite whose disk was full
@@ -197,6 +200,17 @@ class Endpoint:
         """Searches, each of which may share a request with others of its group; the results are `Found`."""
         warm_up()
 
+        key = (group, limits)
+        find = self._search_lanes.get(key)
+        if find is None:
+            if len(self._search_lanes) >= _MOST_SEARCH_LANES:
+                self._search_lanes.clear()
+            find = self._search_lanes[key] = self._search_lane(group, ranker, limits)
+        return Request(self.shell, find, queries)
+
+    def _search_lane(self, group: SearchGroup, ranker: Any, limits: Limits) -> Callable[[], Lane[Any, Found]]:
+        """What finds, or makes, the lane of a group's searches."""
+
         async def send(queries: list[Any], _upsert: bool, timeout: float) -> list[Found]:
             with self.reloading(group.collection):
                 return await self.connection.search(group, queries, ranker, timeout)
@@ -219,7 +233,7 @@ class Endpoint:
                 urgent=True,
             )
 
-        return Request(self.shell, lambda: self.shell.lane((self, group, limits), make), queries)
+        return functools.partial(self.shell.lane, (self, group, limits), make)
 
     def call_request(self, call: Call[Any], limits: Limits, changes: str | None = None) -> Request:
         """Any other call, which travels alone.

@@ -142,12 +142,13 @@ class Answer:
             return self._read[place]
         columns, dynamic = self._columns
         start, end = self._ends[place - 1] if place else 0, self._ends[place]
-        entities: list[dict[str, Any]] = [{} for _ in range(start, end)]
+        entities: list[dict[str, Any]]
+        entities = (
+            [orjson.loads(fields) for fields in dynamic[start:end]] if dynamic else [{} for _ in range(start, end)]
+        )
         for name, column in columns.items():
             for entity, value in zip(entities, column[start:end], strict=True):
                 entity[name] = value
-        for entity, fields in zip(entities, dynamic[start:end], strict=False):
-            entity.update(orjson.loads(fields))
         return Hits(self._results.ids.str_id.data[start:end], self._results.scores[start:end], entities)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryMode
@@ -26,8 +25,7 @@ _SPARSE_MODES = (VectorStoreQueryMode.SPARSE, VectorStoreQueryMode.TEXT_SEARCH)
 _VECTOR_TYPES = frozenset(kind for kind in DataType if "VECTOR" in kind.name)
 
 
-@dataclass(frozen=True)
-class SearchPlan:
+class SearchPlan(NamedTuple):
     """One query, ready for its lane.
 
     Attributes:

@@ -1,0 +1,103 @@
+"""A server that is some way off, as Zilliz Cloud is: opening a store, bulk, single adds, searches, 20 ms each way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from benchmarks.backend import Backend, check_answers, queries_for
+from benchmarks.corpus import make_nodes
+from benchmarks.delay import delayed
+from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, ratios, seconds, timed
+from benchmarks.single import opening_both
+
+_SECONDS_EACH_WAY = 0.02
+_STORED_ROWS = 2_000
+_SEARCHES = _ADDS = 1_000
+_BULK = 5_000
+
+
+async def run(backend: Backend, *, dim: int, rounds: int, is_quick: bool = False) -> Outcome:
+    """Ours against upstream's store, the same way through the same proxy."""
+    outcome = Outcome(series={"seconds each way": _SECONDS_EACH_WAY})
+    with delayed(urlsplit(backend.uri).netloc, _SECONDS_EACH_WAY) as uri:
+        far = Backend(uri, backend.token)
+        try:
+            stored = make_nodes(_STORED_ROWS, dim)
+            async with far.ours(dim, consistency_level="Bounded") as ours:
+                await ours.async_add(stored)
+                name = ours.collection_name
+                opened = await opening_both(far, dim, name, rounds)
+                _note(outcome, "opening a store, another one being open", opened, 1.5, is_lower_better=True)
+                async with far.upstream(dim, collection_name=name) as upstream:
+                    found = await alternate(
+                        {"ours": _searching(ours, stored), "upstream": _searching(upstream, stored)}, rounds
+                    )
+                    _note(outcome, f"{_SEARCHES:,} concurrent searches", found, 5.0)
+            for workload, count, write, target in (
+                (f"{_BULK:,} nodes in one call", _BULK, _in_one_call, 4.0),
+                (f"{_ADDS:,} concurrent adds", _ADDS, _one_by_one, 4.0),
+            ):
+                sides = {
+                    "ours": _writing(far, far.ours, dim, count, write),
+                    "upstream": _writing(far, far.upstream, dim, count, write),
+                }
+                _note(outcome, workload, await alternate(sides, rounds), target)
+        finally:
+            far.close()
+    return outcome
+
+
+def _note(
+    outcome: Outcome, workload: str, taken: dict[str, list[Timing]], target: float, is_lower_better: bool = False
+) -> None:
+    ours, upstream = seconds(taken["ours"]), seconds(taken["upstream"])
+    figures = ratios(ours, upstream) if is_lower_better else ratios(upstream, ours)
+    outcome.figures.append(Figure(f"20 ms away: {workload}", "upstream the same way", target, figures, is_lower_better))
+    outcome.series[workload] = {"ours": ours, "upstream": upstream}
+
+
+def _searching(store: Any, stored: list[Any]) -> Side:
+    nodes = stored[:_SEARCHES]
+    queries = queries_for(nodes)
+
+    async def measure() -> Timing:
+        results: list[Any] = []
+
+        async def work() -> None:
+            results.extend(await asyncio.gather(*map(store.aquery, queries)))
+
+        timing = await timed(work)
+        check_answers(nodes, results)
+        return timing
+
+    return measure
+
+
+async def _in_one_call(store: Any, nodes: list[Any]) -> None:
+    await store.async_add(nodes)
+
+
+async def _one_by_one(store: Any, nodes: list[Any]) -> None:
+    await asyncio.gather(*(store.async_add([node]) for node in nodes))
+
+
+def _writing(
+    backend: Backend,
+    open_store: Callable[..., contextlib.AbstractAsyncContextManager[Any]],
+    dim: int,
+    count: int,
+    write: Callable[[Any, list[Any]], Awaitable[None]],
+) -> Side:
+    nodes = make_nodes(count, dim)
+
+    async def measure() -> Timing:
+        async with open_store(dim) as store:
+            timing = await timed(lambda: write(store, nodes))
+            backend.check_stored(store.collection_name, nodes)
+        return timing
+
+    return measure

@@ -113,7 +113,7 @@ async def test_a_thousand_calls_of_one_turn_cross_over_together(shell: Shell, io
     lane = make_lane(Server(seconds=0.01), max_items=2_000)
     port = LoopPort.current()
     await asyncio.gather(*(port.submit(request(shell, lane, [Item(n)])) for n in range(1_000)))
-    assert posts == [1_000]
+    assert posts == [250] * 4
     assert len(arrivals_) <= 10, "a few, as one turn of a busy thread is at an end before all have their outcomes"
 
 

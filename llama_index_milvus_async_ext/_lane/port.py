@@ -17,6 +17,10 @@ from llama_index_milvus_async_ext._lane.thread import IoThread
 
 T = TypeVar("T")
 
+# Calls that cross over without waiting for the others of their turn: a request's worth, with which Milvus begins while
+# the loop goes on. A thousand single adds took 100 ms so, and 115 ms when all crossed over together.
+_MOST_OUTGOING = 250
+
 
 class Port(Protocol):
     """One caller's way.
@@ -55,7 +59,7 @@ class LoopPort:
     """The way of one event loop's coroutines.
 
     What one turn of the loop submits crosses over together, in one wake-up of the I/O thread, and so do the outcomes
-    on their way back: a thousand concurrent calls cost two wake-ups, not two thousand.
+    on their way back: a thousand concurrent calls cost a few wake-ups, not two thousand.
     """
 
     awaits = True
@@ -135,10 +139,13 @@ class LoopPort:
         if not self._outgoing:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outgoing.append(function)
+        if len(self._outgoing) >= _MOST_OUTGOING:
+            self._flush()
 
     def _flush(self) -> None:
         outgoing, self._outgoing = self._outgoing, []
-        self._io.post(*outgoing)
+        if outgoing:
+            self._io.post(*outgoing)
 
     def deliver(self, waiter: _Waiter) -> None:
         """Wake a waiter on the caller's loop; from the I/O thread."""

@@ -10,11 +10,14 @@ from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import VectorStoreQuery
 from llama_index.vector_stores.milvus import MilvusVectorStore
 
+from benchmarks import ready_made
 from benchmarks.backend import Backend, check_answers, queries_for
+from benchmarks.bulk import sending
 from benchmarks.corpus import make_nodes
-from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, ratios, seconds, timed
+from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, cpu_seconds, ratios, seconds, timed
 
 _STORED_ROWS = 2_000
+_READY_MADE = "ready-made, one request"
 _SIDES = {"upstream, async": "upstream the same way", "upstream, sync": "upstream's sync loop"}
 
 
@@ -38,6 +41,20 @@ async def run(
                     faster = ratios(seconds(timings[side]), ours)
                     wanted = target if is_largest else None
                     outcome.figures.append(Figure(f"{count:,} concurrent {what}", against, wanted, faster))
+            if _READY_MADE in timings and is_largest:
+                outcome.figures.append(
+                    Figure(
+                        f"{count:,} concurrent {what}",
+                        f"one ready-made upsert of {count:,} rows",
+                        0.75,
+                        ratios(seconds(timings[_READY_MADE]), ours),
+                        unit="%",
+                    )
+                )
+                figure = ratios(cpu_seconds(timings["ours, async"]), cpu_seconds(timings["upstream, async"]))
+                outcome.figures.append(
+                    Figure(f"{count:,} concurrent {what}: client CPU", "upstream the same way", None, figure, True)
+                )
     return outcome
 
 
@@ -60,7 +77,9 @@ async def _adds(backend: Backend, dim: int, count: int, rounds: int) -> dict[str
     async def at_once(store: MilvusVectorStore) -> None:
         await asyncio.gather(*(store.async_add([node]) for node in nodes))
 
-    return await alternate(_sides(backend, side, one_by_one, at_once), rounds)
+    sides = _sides(backend, side, one_by_one, at_once)
+    sides[_READY_MADE] = sending(backend, dim, nodes, ready_made.upstream_rows(nodes), 1, count)
+    return await alternate(sides, rounds)
 
 
 async def _searches(backend: Backend, dim: int, count: int, rounds: int, with_sync: bool) -> dict[str, list[Timing]]:

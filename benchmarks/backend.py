@@ -127,6 +127,10 @@ class Backend:
         [counted] = self.client.query(collection, "", output_fields=["count(*)"], consistency_level="Strong")
         if counted["count(*)"] != len(nodes):
             raise WrongAnswerError(f"{len(nodes)} nodes were written, {counted['count(*)']} rows are stored")
+        self.check_holds(collection, nodes)
+
+    def check_holds(self, collection: str, nodes: Sequence[BaseNode]) -> None:
+        """Raise unless the collection holds these nodes, each once, whatever else it holds."""
         expected = sorted(node.node_id for node in nodes)
         for start in range(0, len(expected), _IDS_PER_PAGE):
             page = expected[start : start + _IDS_PER_PAGE]

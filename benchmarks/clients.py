@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.backend import Backend, check_answers, queries_for
 from benchmarks.corpus import make_nodes
-from benchmarks.measure import Figure, Outcome, alternate, percentile, ratios, wait_until_quiet
+from benchmarks.measure import Figure, Outcome, alternate, percentile, ratios, settle
 
 STORED_ROWS = 2_000
 _CLIENTS = 64
@@ -172,14 +172,14 @@ def _side(
             await asyncio.gather(*map(client, range(clients)))
 
         if open_writer is None:
-            wait_until_quiet()
+            settle()
             cpu, started = time.process_time(), time.perf_counter()
             until = started + seconds
             await all_clients()
         else:
             nodes = make_nodes(rows, dim)
             async with open_writer() as writer:
-                wait_until_quiet()
+                settle()
                 cpu, started = time.process_time(), time.perf_counter()
                 until = started + seconds
                 await asyncio.gather(all_clients(), write())

@@ -15,7 +15,7 @@ from llama_index.core.schema import BaseNode
 from benchmarks.backend import Backend, WrongAnswerError
 from benchmarks.corpus import Pages, make_documents, make_vectors, numbered
 from benchmarks.ingestion import check_report
-from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, ratios, seconds, timed, wait_until_quiet
+from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, ratios, seconds, settle, timed
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, aingest
 from llama_index_milvus_async_ext._ingest.standing import record_bytes
 from llama_index_milvus_async_ext._lane.port import LoopPort
@@ -114,7 +114,7 @@ async def _compare(
     for at_once in (1, _LOOK_UPS_AT_ONCE):
         sides = {name: side(name, at_once) for name in looked_up}
         await alternate(sides, 1)  # what is asked for the first time
-        wait_until_quiet()
+        settle()
         timings = await alternate(sides, rounds)
         what = f"look-up of {_DOCUMENTS_PER_LOOK_UP} documents of {_PAGES} nodes, {at_once} at once, {largest}"
         target = 2.0 if is_wanted else None

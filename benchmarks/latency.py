@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.backend import Backend, check_answers, queries_for
 from benchmarks.corpus import make_nodes
-from benchmarks.measure import Outcome, percentile, wait_until_quiet
+from benchmarks.measure import Outcome, percentile, settle
 from benchmarks.searches import STORED_ROWS
 
 CONCURRENCIES = (1, 3, 10, 30, 100, 300, 1_000)
@@ -29,7 +29,7 @@ async def run(backend: Backend, *, dim: int, rounds: int, concurrencies: Sequenc
                 taken: dict[str, list[float]] = {"upstream": [], "ours": []}
                 for _ in range(rounds):
                     for name, store in (("upstream", upstream), ("ours", ours)):
-                        wait_until_quiet()
+                        settle()
                         taken[name] += await _latencies(store, stored, queries, concurrency)
                 for name, values in taken.items():
                     series[name][concurrency] = {"p50": percentile(values, 0.5), "p95": percentile(values, 0.95)}

@@ -28,21 +28,26 @@ class Timing:
     cpu_seconds: float
 
 
-def wait_until_quiet() -> None:
-    """Wait, for ten seconds at the most, until this machine does next to nothing.
+def settle() -> None:
+    """Collect garbage, then wait, for ten seconds at the most, until this machine does next to nothing.
 
     A server on the same machine goes on with what was written (it consumes its log, builds indexes, drops collections)
     after it has answered; without the pause, one side would pay for the work of the side before it.
+
+    What is there now is kept from the garbage collector: to walk through the corpus takes it a tenth of a second and
+    more, for which all callers stand still, and it would hit the one or the other side by chance.
     """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
     give_up_at = time.monotonic() + _PATIENCE_SECONDS
     while psutil.cpu_percent(_QUIET_INTERVAL_SECONDS) > _QUIET_PERCENT and time.monotonic() < give_up_at:
         pass
 
 
 async def timed(work: Callable[[], Awaitable[object]]) -> Timing:
-    """Run the work, after a garbage collection and once the machine is quiet: it pays for nothing that came before."""
-    gc.collect()
-    wait_until_quiet()
+    """Run the work, once all is settled: it pays for nothing that came before."""
+    settle()
     cpu_before, before = time.process_time(), time.perf_counter()
     await work()
     return Timing(time.perf_counter() - before, time.process_time() - cpu_before)

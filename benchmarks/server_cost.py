@@ -24,7 +24,7 @@ import psutil
 from benchmarks import bulk, ready_made
 from benchmarks.backend import Backend
 from benchmarks.corpus import make_nodes
-from benchmarks.measure import alternate, wait_until_quiet
+from benchmarks.measure import alternate, settle
 from tests.servers import MilvusServer
 
 _DIM = 768
@@ -99,7 +99,7 @@ async def _measure(backend: Backend, server: psutil.Process, count: int, rounds:
 
 async def _watched(server: psutil.Process, work: Callable[[], Awaitable[object]]) -> Cost:
     gc.collect()
-    wait_until_quiet()
+    settle()
     server_before, compaction_before = _cpu_seconds(server), _compaction_seconds(server)
     client_before, started = time.process_time(), time.perf_counter()
     await work()

@@ -18,7 +18,7 @@ from llama_index_milvus_async_ext._lane import entrance as entrance_module
 from llama_index_milvus_async_ext._lane import ledger as ledger_module
 from llama_index_milvus_async_ext._lane.entrance import Entrance
 from llama_index_milvus_async_ext._lane.items import CancelledCallError, DeadlinePassedError
-from llama_index_milvus_async_ext._lane.lanes import Flight, Lane
+from llama_index_milvus_async_ext._lane.lanes import Flight, GivesWay, Lane
 from llama_index_milvus_async_ext._lane.precedence import URGENT_SECONDS
 from llama_index_milvus_async_ext.retry import RetryPolicy, Verdict
 from tests.conftest import examples
@@ -936,7 +936,7 @@ def out_of(world: World, lane: Any) -> int:
 
 
 def test_writes_give_way_while_searches_come_and_take_all_slots_again_afterwards(world: World) -> None:
-    writes = world.lane(max_items=1, most_beside_urgent=2)
+    writes = world.lane(max_items=1, gives_way=GivesWay(2, 1))
     searches = world.lane(max_items=1, urgent=True)
     world.submit_many(writes, 20)
     world.settle_down()
@@ -959,8 +959,29 @@ def test_writes_give_way_while_searches_come_and_take_all_slots_again_afterwards
     world.finish()
 
 
+def test_writes_are_small_while_somebody_searches(world: World) -> None:
+    writes = world.lane(max_items=50, gives_way=GivesWay(1, 5))
+    searches = world.lane(max_items=1, urgent=True)
+    world.submit_many(searches, 1)
+    call = world.submit_many(writes, 65)
+    world.settle_down()
+    search, write = (next(flight for flight in world.out if flight.lane is lane) for lane in (searches, writes))
+    for _ in range(2):
+        world.now += 2 * URGENT_SECONDS  # however long the search takes
+        assert len(write.sent) == 5
+        world.answer(write, None)
+        world.settle_down()
+        [write] = [flight for flight in world.out if flight.lane is writes]
+    world.answer(search, None)
+    world.now += URGENT_SECONDS
+    world.settle_down()
+    assert [len(flight.sent) for flight in world.out] == [5, 50]
+    world.finish()
+    assert not call.open
+
+
 def test_searches_that_never_end_starve_no_write(world: World) -> None:
-    writes = world.lane(max_items=1, most_beside_urgent=2)
+    writes = world.lane(max_items=1, gives_way=GivesWay(2, 1))
     searches = world.lane(max_items=1, urgent=True, max_in_flight=4)
     call = world.submit_many(writes, 20)
     for _ in range(200):
@@ -973,7 +994,7 @@ def test_searches_that_never_end_starve_no_write(world: World) -> None:
 
 
 def test_a_write_that_is_sent_again_gives_way_as_well(world: World) -> None:
-    writes = world.lane(max_items=1, most_beside_urgent=1, max_in_flight=4, policy=patient(deadline_seconds=100))
+    writes = world.lane(max_items=1, gives_way=GivesWay(1, 1), max_in_flight=4, policy=patient(deadline_seconds=100))
     searches = world.lane(max_items=1, urgent=True)
     world.submit_many(writes, 3)
     world.settle_down()

@@ -9,16 +9,17 @@ from llama_index_milvus_async_ext._lane.items import Item, Submission
 from llama_index_milvus_async_ext._lane.lanes import Flight, Lane
 
 
-def begin(lane: Lane[Any, Any], free_slots: int) -> Flight[Any]:
+def begin(lane: Lane[Any, Any], free_slots: int, most_items: int) -> Flight[Any]:
     """An empty flight, with the number of items that it should take.
 
     Args:
         lane: The lane, in whose ring somebody waits.
         free_slots: Slots that the lane could take now, this flight's own included.
+        most_items: As many at the most.
     """
     if not lane.flights:
         lane.spreads = lane.spread_above is not None and lane.spread_above < lane.max_items
-    most = _batch_size(lane, free_slots) if lane.spreads else lane.max_items
+    most = min(_batch_size(lane, free_slots) if lane.spreads else lane.max_items, most_items)
     flight = Flight(lane, most, max(most // max(len(lane.ring), 1), 1))
     lane.filling = flight
     lane.flights.add(flight)

@@ -170,7 +170,7 @@ class Core:
             return False
         if lane.filling is None:
             self._newcomers_turn = False
-            self._air.hold(batching.begin(lane, self._turns.free_slots(lane)))
+            self._air.hold(self._turns.begin(lane))
         if batching.fill(lane, _ITEMS_PER_STEP, self._carrier.refuse):
             self._carrier.depart(lane, now)
         self._turns.give(lane)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from llama_index_milvus_async_ext._lane.entrance import Entrance
 from llama_index_milvus_async_ext._lane.items import Item, Submission
@@ -78,6 +78,18 @@ class Flight(Generic[T]):
         return [item for item in self.group if not item.settled]
 
 
+class GivesWay(NamedTuple):
+    """What a lane is content with while urgent requests come.
+
+    Attributes:
+        requests: As many may be out, of all lanes that give way.
+        items: As many are in one of them. The endpoint is busy with a request until its end, so small ones leave gaps.
+    """
+
+    requests: int
+    items: int
+
+
 @dataclass(eq=False)
 class Lane(Generic[T, R]):
     """The settings of requests of one sort, and what waits for them now.
@@ -101,8 +113,8 @@ class Lane(Generic[T, R]):
         abort_when_unwanted: Whether a request is aborted once all its callers gave up (right for reads; a write is
             left to end, because an aborted write may still be applied, after a later one of the same key).
         exclusive: Lanes with an equal one, if it is not None, have one request out in all.
-        urgent: Whether others give way to its requests; see `most_beside_urgent`.
-        most_beside_urgent: While urgent requests come, as many of all lanes with this set may be out; None: any number.
+        urgent: Whether others give way to its requests.
+        gives_way: What it sends while urgent requests come; None: the same as ever.
         key: Under which the shell forgets the lane when it is idle; None: whoever made it keeps it.
     """
 
@@ -120,7 +132,7 @@ class Lane(Generic[T, R]):
     abort_when_unwanted: bool = False
     exclusive: Hashable | None = None
     urgent: bool = False
-    most_beside_urgent: int | None = None
+    gives_way: GivesWay | None = None
     key: Hashable | None = None
 
     ring: deque[Submission[R]] = field(default_factory=deque)  # submissions with items that may be sent

@@ -31,11 +31,22 @@ class Precedence:
 
     def holds_back(self, lane: Lane[Any, Any]) -> bool:
         """Whether a request of this lane has to wait now."""
-        most = lane.most_beside_urgent
-        if most is None or self.now >= self._urgent_until:
+        if lane.gives_way is None or not self._is_urgent:
             return False
-        return sum(flight.lane.most_beside_urgent is not None for flight in self._holding) >= most
+        return sum(flight.lane.gives_way is not None for flight in self._holding) >= lane.gives_way.requests
+
+    def most_items(self, lane: Lane[Any, Any]) -> int:
+        """As many may be in one request of this lane now."""
+        if lane.gives_way is None or not self._is_urgent:
+            return lane.max_items
+        return min(lane.gives_way.items, lane.max_items)
+
+    @property
+    def _is_urgent(self) -> bool:
+        return self.now < self._urgent_until or any(flight.lane.urgent for flight in self._holding)
 
     def next_wake(self, waiting: Collection[Lane[Any, Any]]) -> float | None:
         """When those that are held back may go on, if nothing happens."""
+        if self.now >= self._urgent_until:  # beside an urgent request, its end is what they wait for
+            return None
         return self._urgent_until if any(map(self.holds_back, waiting)) else None

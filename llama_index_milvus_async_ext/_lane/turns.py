@@ -109,6 +109,10 @@ class Turns:
         """Slots that a lane could take now."""
         return min(self._limit.free(len(self._holding), lane.ceiling), lane.max_in_flight - len(lane.flights))
 
+    def begin(self, lane: Lane[Any, Any]) -> Flight[Any]:
+        """A flight to be filled, for the lane whose turn it is."""
+        return batching.begin(lane, self.free_slots(lane), self._precedence.most_items(lane))
+
     def next_wake(self) -> float | None:
         """When a lane that is held back may go on."""
         return self._precedence.next_wake(self._lanes)

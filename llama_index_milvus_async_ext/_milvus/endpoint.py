@@ -21,7 +21,14 @@ from llama_index_milvus_async_ext._lane.shell import Shell
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.errors import COLLECTION_NOT_LOADED, RpcFailure, SchemaChangedError, classify
-from llama_index_milvus_async_ext._milvus.limits import Limits, WriteTarget
+from llama_index_milvus_async_ext._milvus.limits import (
+    BESIDE_SEARCHES,
+    LEAST_CAPACITY,
+    LEAST_QUERIES,
+    LEAST_ROWS,
+    Limits,
+    WriteTarget,
+)
 from llama_index_milvus_async_ext._milvus.opening import connect
 from llama_index_milvus_async_ext._milvus.quiet import log_retry
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
@@ -35,22 +42,6 @@ T = TypeVar("T")
 
 _RELOAD_SECONDS = 5.0
 _SCHEMA_SECONDS = 1.0  # how long a schema is taken to be right although rows are refused by it
-# Rows that are not spread over several requests. 1,000 rows at once took a server 81 ms in requests of 500, 89 ms in
-# requests of 250, and 114 ms in one.
-_LEAST_ROWS = 500
-# Rows under way in full requests. gRPC holds two copies of them: with 8,000, a write of 100,000 rows of 768 dimensions
-# took 120 MB. Six requests of 800 were as fast as eight of 1,000 (10,000 rows in 801 and 789 ms, medians of nine
-# rounds; four of 1,000: 871 ms).
-_MOST_ROWS_UNDER_WAY = 5_000
-# Queries that are not spread: 1,000 at once took a server 503 ms (Strong) and 288 ms (Bounded) in requests of 250, 524
-# and 300 ms in requests of 500. Not on Milvus Lite, which takes as long for a request of one query as of hundreds.
-_LEAST_QUERIES = 250
-# Hits that one search request may ask for: with 4 kB each, two thirds of what a server may answer at once (64 MiB).
-# A larger answer would cost the server its work and then be halved.
-_MAX_HITS = 10_000
-# Writes that are under way while somebody searches: more of them keep the server from the searches.
-_WRITES_BESIDE_SEARCHES = 2
-_LEAST_CAPACITY = 64
 _MOST_SEARCH_LANES = 256  # that are remembered: filters may differ from search to search
 _LAST_ANSWERS_SECONDS = 2.0
 _LEAST_SECONDS = 0.05  # for a request after a long wait for the right to write
@@ -177,8 +168,7 @@ class Endpoint:
                     raise
             return [None] * count
 
-        in_flight = min(limits.max_concurrency, max(_MOST_ROWS_UNDER_WAY // limits.batch_size, 1))
-        capacity = max(limits.batch_size * (in_flight + 2), _LEAST_CAPACITY)
+        capacity = max(limits.batch_size * (limits.writes_in_flight + 2), LEAST_CAPACITY)
         entrance = self._shared.entrance(self.connection.db_name or "default", collection, capacity, not target.upsert)
         return Lane(
             kind="rows",
@@ -188,24 +178,23 @@ class Endpoint:
             policy=limits.retry,
             max_items=limits.batch_size,
             max_bytes=limits.max_batch_bytes,
-            max_in_flight=1 if self.is_lite else in_flight,
+            max_in_flight=1 if self.is_lite else limits.writes_in_flight,
             ceiling=limits.max_concurrency,
             rpc_timeout_seconds=limits.rpc_timeout_seconds,
-            spread_above=_LEAST_ROWS,
+            spread_above=LEAST_ROWS,
             exclusive=self._exclusive,
-            most_beside_urgent=_WRITES_BESIDE_SEARCHES,
+            gives_way=BESIDE_SEARCHES,
         )
 
     def search_request(self, group: SearchGroup, ranker: Any, limits: Limits, queries: Sequence[Any]) -> Request:
         """Searches, each of which may share a request with others of its group; the results are `Found`."""
         warm_up()
 
-        key = (group, limits)
-        find = self._search_lanes.get(key)
+        find = self._search_lanes.get((group, limits))
         if find is None:
             if len(self._search_lanes) >= _MOST_SEARCH_LANES:
                 self._search_lanes.clear()
-            find = self._search_lanes[key] = self._search_lane(group, ranker, limits)
+            find = self._search_lanes[group, limits] = self._search_lane(group, ranker, limits)
         return Request(self.shell, find, queries)
 
     def _search_lane(self, group: SearchGroup, ranker: Any, limits: Limits) -> Callable[[], Lane[Any, Found]]:
@@ -216,19 +205,19 @@ class Endpoint:
                 return await self.connection.search(group, queries, ranker, timeout)
 
         def make() -> Lane[Any, Found]:
-            most = min(limits.max_batch_queries, max(_MAX_HITS // group.limit, 1))
+            most = limits.queries_per_request(group.limit)
             return Lane(
                 kind="queries",
                 prepare=_prepare_query,
                 send=send,
-                entrance=Entrance(max(most * (limits.max_concurrency + 2), _LEAST_CAPACITY)),
+                entrance=Entrance(max(most * (limits.max_concurrency + 2), LEAST_CAPACITY)),
                 policy=limits.retry,
                 max_items=most,
                 max_bytes=limits.max_batch_bytes,
                 max_in_flight=limits.max_concurrency,
                 ceiling=limits.max_concurrency,
                 rpc_timeout_seconds=limits.rpc_timeout_seconds,
-                spread_above=None if self.is_lite else _LEAST_QUERIES,
+                spread_above=None if self.is_lite else LEAST_QUERIES,
                 abort_when_unwanted=True,
                 urgent=True,
             )
@@ -255,7 +244,7 @@ class Endpoint:
                 kind="calls",
                 prepare=lambda call: (call, 0),
                 send=send,
-                entrance=Entrance(_LEAST_CAPACITY),
+                entrance=Entrance(LEAST_CAPACITY),
                 policy=limits.retry,
                 max_items=1,
                 max_bytes=1,

@@ -70,7 +70,7 @@ class _Scale:
 
 _Workload = Callable[[Backend, _Scale], Coroutine[Any, Any, Outcome]]
 _INGESTION = "ingestion"  # all workloads of ingestion
-_FULL_ONLY = ("embedding", "memory", "sizes", _INGESTION)  # small sizes would say nothing
+_FULL_ONLY = ("embedding", "memory", "sizes", "far", "questions", "single", _INGESTION)  # small sizes would say nothing
 
 
 _WORKLOADS: dict[str, _Workload] = {
@@ -100,10 +100,15 @@ _WORKLOADS: dict[str, _Workload] = {
     ),
     "sizes": lambda backend, scale: sizes.run(backend, dim=_DIM, rounds=scale.rounds),
     "clients": lambda backend, scale: clients.run(
-        backend, dim=_DIM, rounds=scale.rounds, rows=scale.of(6_000, 2_000), seconds=scale.of(5.0, 2.0)
+        backend,
+        dim=_DIM,
+        rounds=scale.of(5, 1),
+        rows=scale.of(6_000, 2_000),
+        large=scale.of(200_000, 30_000),
+        seconds=scale.of(5.0, 2.0),
     ),
     "single": lambda backend, scale: single.run(backend, dim=_DIM, rounds=scale.many_rounds),
-    "far": lambda backend, scale: far.run(backend, dim=_DIM, rounds=scale.rounds),
+    "far": lambda backend, scale: far.run(backend, dim=_DIM, rounds=scale.of(5, 1)),
     "questions": lambda backend, scale: questions.run(rounds=scale.many_rounds),
     "latency": lambda backend, scale: latency.run(
         backend,

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.backend import Backend, check_answers, queries_for
+from benchmarks.backend import Backend, WrongAnswerError, check_answers, queries_for
 from benchmarks.corpus import make_nodes
 from benchmarks.measure import Figure, Outcome, alternate, percentile, ratios, settle
 
@@ -16,6 +16,7 @@ STORED_ROWS = 2_000
 _CLIENTS = 64
 _CLIENTS_BESIDE = 8
 _SECONDS = 5.0
+_PAUSE_SECONDS = 0.02  # of a client that does something with its answer
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Run:
         return percentile(self.latencies, share)
 
 
-async def run(backend: Backend, *, dim: int, rounds: int, rows: int, seconds: float = _SECONDS) -> Outcome:
-    """64 clients for some seconds; and 8 clients beside a bulk write of as many `rows`."""
+async def run(backend: Backend, *, dim: int, rounds: int, rows: int, large: int, seconds: float = _SECONDS) -> Outcome:
+    """64 clients for some seconds; 8 clients beside a bulk write of as many `rows`; one beside a `large` one."""
     stored = make_nodes(STORED_ROWS, dim)
     outcome = Outcome()
     async with backend.ours(dim, consistency_level="Bounded") as ours:
@@ -50,6 +51,7 @@ async def run(backend: Backend, *, dim: int, rounds: int, rows: int, seconds: fl
         async with backend.upstream(dim, collection_name=ours.collection_name) as upstream:
             await _many(outcome, stored, ours, upstream, rounds, seconds)
             await _beside(outcome, backend, stored, ours, upstream, dim, rounds, rows, seconds)
+        await _beside_large(outcome, backend, stored, ours, dim, rounds, large, seconds)
     return outcome
 
 
@@ -136,6 +138,48 @@ async def _beside(
         ]
         for name, each in runs.items()
     }
+
+
+async def _beside_large(
+    outcome: Outcome, backend: Backend, stored: list[Any], ours: Any, dim: int, rounds: int, rows: int, seconds: float
+) -> None:
+    """One search after another, on an idle server and while somebody else writes for longer than they last."""
+    queries = queries_for(stored)
+    nodes = make_nodes(rows, dim)
+
+    async def latencies(until: float) -> list[float]:
+        taken = []
+        while time.perf_counter() < until:
+            place = len(taken) % len(queries)
+            before = time.perf_counter()
+            result = await ours.aquery(queries[place])
+            taken.append(time.perf_counter() - before)
+            check_answers([stored[place]], [result])
+            await asyncio.sleep(_PAUSE_SECONDS)
+        return taken
+
+    idle, first, beside = [], [], []
+    for _ in range(rounds):
+        settle()
+        idle.append(percentile(await latencies(time.perf_counter() + seconds / 2), 0.5))
+        async with backend.ours(dim) as writer:
+            settle()
+            writing = asyncio.create_task(writer.async_add(nodes))
+            await asyncio.sleep(0)  # it has begun
+            before = time.perf_counter()
+            await ours.aquery(queries[0])
+            first.append(time.perf_counter() - before)
+            beside.append(percentile(await latencies(time.perf_counter() + seconds), 0.5))
+            if writing.done():
+                raise WrongAnswerError("the write was over before the searches were")
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+    workload = f"one search after another while {rows:,} nodes are being written"
+    outcome.figures += [
+        Figure(f"{workload}: p50", "on an idle server", 5.0, ratios(beside, idle), True),
+        Figure(f"{workload}: the first one", "p50 on an idle server", None, ratios(first, idle), True),
+    ]
+    outcome.series["beside a large write"] = {"idle": idle, "beside": beside, "first": first}
 
 
 def _side(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import textwrap
 import threading
@@ -78,6 +79,21 @@ def test_a_plain_client_of_the_process_keeps_its_file(tmp_path: Path, make_nodes
         plain.close()
         opened(path).close()
         assert opened_elsewhere(path) == "5"
+
+
+@pytest.mark.parametrize("kind", [MilvusClient, AsyncMilvusClient])
+def test_a_plain_client_that_a_service_has_frozen_keeps_its_file(tmp_path: Path, kind: type) -> None:
+    """`gc.freeze()` hides what is there from those who ask the garbage collector for it."""
+    path = tmp_path / "shared.db"
+    client = kind(str(path))
+    gc.freeze()
+    try:
+        opened(path).close()
+        assert "another process holds it" in opened_elsewhere(path)
+        assert gc.get_freeze_count(), "it is as the service has left it"
+    finally:
+        gc.unfreeze()
+    del client
 
 
 def test_a_link_to_an_open_file_is_that_file(tmp_path: Path, make_nodes: MakeNodes) -> None:

@@ -95,13 +95,24 @@ def _is_in_use(address: str) -> bool:
         return True
     # pymilvus keeps no list of its clients: an AsyncMilvusClient, for one, only connects with its first call.
     kinds = (MilvusClient, AsyncMilvusClient)
-    for client in gc.get_objects():
+    for client in _all_objects():
         if issubclass(type(client), kinds) and client not in _of_stores:
             is_open = not getattr(client, "_closed", False) if isinstance(client, AsyncMilvusClient) else False
             is_open = is_open or getattr(client, "_handler", None) is not None
             if is_open and getattr(getattr(client, "_config", None), "address", None) == address:
                 return True
     return False
+
+
+def _all_objects() -> list[Any]:
+    """What the garbage collector knows, also what a service has told it to leave alone."""
+    if not gc.get_freeze_count():
+        return gc.get_objects()
+    gc.unfreeze()
+    try:
+        return gc.get_objects()
+    finally:
+        gc.freeze()
 
 
 def explain_unopened(path: str) -> str | None:

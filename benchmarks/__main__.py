@@ -70,7 +70,16 @@ class _Scale:
 
 _Workload = Callable[[Backend, _Scale], Coroutine[Any, Any, Outcome]]
 _INGESTION = "ingestion"  # all workloads of ingestion
-_FULL_ONLY = ("embedding", "memory", "sizes", "far", "questions", "single", _INGESTION)  # small sizes would say nothing
+_FULL_ONLY = (
+    "embedding",
+    "memory",
+    "sizes",
+    "far",
+    "questions",
+    "single",
+    "latency",
+    _INGESTION,
+)  # small sizes would say nothing
 
 
 _WORKLOADS: dict[str, _Workload] = {
@@ -105,7 +114,7 @@ _WORKLOADS: dict[str, _Workload] = {
         rounds=scale.of(5, 1),
         rows=scale.of(6_000, 2_000),
         large=scale.of(200_000, 30_000),
-        seconds=scale.of(5.0, 2.0),
+        seconds=scale.of(5.0, 1.5),
     ),
     "single": lambda backend, scale: single.run(backend, dim=_DIM, rounds=scale.many_rounds),
     "far": lambda backend, scale: far.run(backend, dim=_DIM, rounds=scale.of(5, 1)),
@@ -169,8 +178,8 @@ def main() -> int:
         names = [name for name in workloads if name in wanted or (workloads is _OF_INGESTION and _INGESTION in wanted)]
         if not names:
             continue
-        results: dict[str, Any] = {"is_quick": scale.is_quick, "seconds": {}, "figures": [], "series": {}}
-        if workloads is _OF_INGESTION and file.exists():
+        results: dict[str, Any] = {"is_quick": scale.is_quick, "seconds": {}, "figures": [], "series": {"dim": _DIM}}
+        if given.only and file.exists():  # what was measured before stays
             results |= json.loads(file.read_text(encoding="utf-8"))
         _run(
             lambda: open_milvus(given.uri, given.token), {name: workloads[name] for name in names}, scale, results, file

@@ -27,12 +27,16 @@ async def run(backend: Backend, *, dim: int, rounds: int, concurrencies: Sequenc
         async with backend.upstream(dim, collection_name=ours.collection_name) as upstream:
             for concurrency in concurrencies:
                 taken: dict[str, list[float]] = {"upstream": [], "ours": []}
+                spent = dict.fromkeys(taken, 0.0)
                 for _ in range(rounds):
                     for name, store in (("upstream", upstream), ("ours", ours)):
                         settle()
+                        before = time.perf_counter()
                         taken[name] += await _latencies(store, stored, queries, concurrency)
+                        spent[name] += time.perf_counter() - before
                 for name, values in taken.items():
-                    series[name][concurrency] = {"p50": percentile(values, 0.5), "p95": percentile(values, 0.95)}
+                    shares = {"p50": percentile(values, 0.5), "p95": percentile(values, 0.95)}
+                    series[name][concurrency] = shares | {"rate": len(values) / spent[name]}
     return Outcome(series=series)
 
 

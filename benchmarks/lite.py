@@ -26,7 +26,7 @@ async def run(*, dim: int, rounds: int, searches: int, adds: int) -> Outcome:
             backend.close()
     figures = [
         Figure(
-            f"{searches} concurrent searches on Milvus Lite",
+            f"{searches} concurrent searches on Milvus Lite, {_STORED_ROWS:,} rows",
             "upstream the same way",
             50.0,
             ratios(seconds(searching["upstream"]), seconds(searching["ours"])),
@@ -39,6 +39,8 @@ async def run(*, dim: int, rounds: int, searches: int, adds: int) -> Outcome:
         ),
     ]
     series = {
+        "rows": _STORED_ROWS,
+        "count": searches,
         "searches": {name: seconds(taken) for name, taken in searching.items()},
         "adds": {name: seconds(taken) for name, taken in adding.items()},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from llama_index.core.schema import BaseNode
 
@@ -14,6 +15,7 @@ from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, cpu_sec
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)
 _LARGEST_READY_MADE = 100_000  # requests made beforehand take memory
+_LARGEST_UPSTREAM = 30_000  # it takes a third of a second per thousand rows, however many they are
 _IN_FLIGHT, _ROWS_PER_REQUEST = 6, 800
 _ROWS_PER_ROUND = 10_000
 
@@ -25,13 +27,19 @@ async def run(backend: Backend, *, dim: int, rounds: int, sizes: Sequence[int] =
     """
     nodes = make_nodes(max(sizes), dim)
     rows = ready_made.upstream_rows(nodes[:_LARGEST_READY_MADE])
-    ours = {f"ours, {size}": _writing(backend, dim, nodes, size) for size in sizes}
+    ours = {f"ours, {size}": _writing(backend, backend.ours, dim, nodes, size) for size in sizes}
+    plain = {
+        f"upstream, {size}": _writing(backend, backend.upstream, dim, nodes, size)
+        for size in sizes
+        if size <= _LARGEST_UPSTREAM
+    }
     ready = {
-        f"ready-made, {size}": bulk.sending(backend, dim, nodes[:size], rows[:size], _IN_FLIGHT, _ROWS_PER_REQUEST)
+        f"ready-made, {size}": bulk.sending(backend, dim, nodes[:size], rows[:size], _LARGEST_UPSTREAM = 30_000  # it takes a third of a second per thousand rows, however many they are
+_IN_FLIGHT, _ROWS_PER_REQUEST)
         for size in sizes
         if size <= _LARGEST_READY_MADE
     }
-    timings = await alternate(ours | ready, rounds)
+    timings = await alternate(ours | plain | ready, rounds)
 
     def costs(side: str, of: Callable[[Sequence[Timing]], list[float]]) -> dict[int, list[float]]:
         return {
@@ -54,16 +62,22 @@ async def run(backend: Backend, *, dim: int, rounds: int, sizes: Sequence[int] =
             True,
         ),
     ]
-    series = {"cpu_seconds_per_row": cpu, "seconds_per_row": wall, "ready_made_seconds_per_row": server}
+    series = {
+        "cpu_seconds_per_row": cpu,
+        "seconds_per_row": wall,
+        "ready_made_seconds_per_row": server,
+        "upstream_cpu_seconds_per_row": costs("upstream", cpu_seconds),
+        "upstream_seconds_per_row": costs("upstream", seconds),
+    }
     return Outcome(figures, series)
 
 
-def _writing(backend: Backend, dim: int, nodes: list[BaseNode], size: int) -> Side:
+def _writing(backend: Backend, open_store: Callable[..., Any], dim: int, nodes: list[BaseNode], size: int) -> Side:
     """Writes of one size; a small one several times over, as one alone would be over before it says much."""
     repeats = max(_ROWS_PER_ROUND // size, 1)
 
     async def measure() -> Timing:
-        async with backend.ours(dim) as store:
+        async with open_store(dim) as store:
             parts = [nodes[start : start + size] for start in range(0, repeats * size, size)]
             taken = [await timed(lambda part=part: store.async_add(part)) for part in parts]  # type: ignore[misc]
             backend.check_stored(store.collection_name, nodes[: repeats * size])

@@ -34,8 +34,7 @@ async def run(backend: Backend, *, dim: int, rounds: int, sizes: Sequence[int] =
         if size <= _LARGEST_UPSTREAM
     }
     ready = {
-        f"ready-made, {size}": bulk.sending(backend, dim, nodes[:size], rows[:size], _LARGEST_UPSTREAM = 30_000  # it takes a third of a second per thousand rows, however many they are
-_IN_FLIGHT, _ROWS_PER_REQUEST)
+        f"ready-made, {size}": bulk.sending(backend, dim, nodes[:size], rows[:size], _IN_FLIGHT, _ROWS_PER_REQUEST)
         for size in sizes
         if size <= _LARGEST_READY_MADE
     }

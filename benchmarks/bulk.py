@@ -18,6 +18,7 @@ _CEILING_IN_FLIGHT = (2, 4, 8)
 _CEILING_ROWS_PER_REQUEST = (250, 500, 1_000)
 _CEILINGS_KEPT = 3
 _SEMAPHORE, _ROWS_PER_CALL = 8, 500
+_SEMAPHORES, _INSERTS = "upstream, batches behind a semaphore", "ours, one call, upsert_mode=False"
 
 # How a side measures its work; `timed` gives its `Timing`.
 Measured = Callable[[Callable[[], Awaitable[object]]], Awaitable[Any]]
@@ -30,17 +31,17 @@ async def run(backend: Backend, *, dim: int, rounds: int, count: int, is_quick: 
     await _check_same_rows(backend, dim, nodes)
     sides = {
         "upstream, one call": writing(backend, backend.upstream, dim, nodes, one_call),
-        "upstream, batches behind a semaphore": writing(
-            backend, backend.upstream, dim, nodes, _behind_semaphore, batch_size=_ROWS_PER_CALL
-        ),
         "ours, one call": writing(backend, backend.ours, dim, nodes, one_call),
-        "ours, one call, upsert_mode=False": writing(backend, backend.ours, dim, nodes, one_call, upsert_mode=False),
     }
+    if not is_quick:
+        sides[_SEMAPHORES] = writing(
+            backend, backend.upstream, dim, nodes, _behind_semaphore, batch_size=_ROWS_PER_CALL
+        )
+        sides[_INSERTS] = writing(backend, backend.ours, dim, nodes, one_call, upsert_mode=False)
     timings = await alternate(sides | ceilings, rounds)
     ceiling = fastest({name: timings[name] for name in ceilings})
     ours = timings["ours, one call"]
     upstream = timings["upstream, one call"]
-    inserting = timings["ours, one call, upsert_mode=False"]
     bulk = f"{count:,} nodes in one call"
     figures = [
         Figure(bulk, "upstream's one call", 3.0, ratios(seconds(upstream), seconds(ours))),
@@ -60,16 +61,22 @@ async def run(backend: Backend, *, dim: int, rounds: int, count: int, is_quick: 
             ratios(cpu_seconds(ours), cpu_seconds(timings[ceiling])),
             True,
         ),
-        Figure(
-            f"{bulk}, upsert_mode=False", "upstream's one call", None, ratios(seconds(upstream), seconds(inserting))
-        ),
-        Figure(
-            bulk,
-            "upstream's batches behind a semaphore",
-            None,
-            ratios(seconds(timings["upstream, batches behind a semaphore"]), seconds(ours)),
-        ),
     ]
+    if not is_quick:
+        figures += [
+            Figure(
+                f"{bulk}, upsert_mode=False",
+                "upstream's one call",
+                None,
+                ratios(seconds(upstream), seconds(timings[_INSERTS])),
+            ),
+            Figure(
+                bulk,
+                "upstream's batches behind a semaphore",
+                None,
+                ratios(seconds(timings[_SEMAPHORES]), seconds(ours)),
+            ),
+        ]
     series = {
         "count": count,
         "ceiling": ceiling,

@@ -43,7 +43,7 @@ def _throughput(series: dict[str, Any], machine: dict[str, Any], path: Path) -> 
     written = bulk["seconds"]
     _bars(
         first,
-        f"Milvus server: {bulk['count']:,} nodes in one call, nodes/s",
+        f"Milvus server\n{bulk['count']:,} nodes in one call, nodes/s",
         bulk["count"],
         {
             "plain store": (written["upstream, one call"], _UPSTREAM),
@@ -54,7 +54,7 @@ def _throughput(series: dict[str, Any], machine: dict[str, Any], path: Path) -> 
     found = searches["seconds"]["Bounded"]
     _bars(
         second,
-        f"Milvus server: {searches['count']:,} searches at once, searches/s",
+        f"Milvus server\n{searches['count']:,} searches at once, searches/s",
         searches["count"],
         {
             "plain store": (found["upstream, async"], _UPSTREAM),
@@ -64,7 +64,7 @@ def _throughput(series: dict[str, Any], machine: dict[str, Any], path: Path) -> 
     )
     _bars(
         third,
-        f"Milvus Lite, {lite['rows']:,} rows: {lite['count']:,} searches at once, searches/s",
+        f"Milvus Lite, {lite['rows']:,} rows\n{lite['count']:,} searches at once, searches/s",
         lite["count"],
         {
             "plain store": (lite["searches"]["upstream"], _UPSTREAM),
@@ -81,8 +81,7 @@ def _throughput(series: dict[str, Any], machine: dict[str, Any], path: Path) -> 
         fontsize=8.5,
         color="#444444",
     )
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
-    return _save(figure, path)
+    return _save(figure, path, bottom=0.09)
 
 
 def _bars(axes: Axes, title: str, count: int, bars: dict[str, tuple[list[float], str]]) -> None:
@@ -216,8 +215,8 @@ def _at(series: dict[Any, Any], key: int) -> Any:
     return series[key] if key in series else series[str(key)]
 
 
-def _save(figure: Any, path: Path) -> Path:
-    figure.tight_layout()
+def _save(figure: Any, path: Path, bottom: float = 0.0) -> Path:
+    figure.tight_layout(rect=(0, bottom, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path

@@ -162,11 +162,11 @@ def main() -> int:
     given = _arguments()
     given.out.mkdir(parents=True, exist_ok=True)
     files = {given.out / "results.json": _WORKLOADS, given.out / "ingestion.json": _OF_INGESTION}
-    if given.update_readme:
+    if given.update_docs:
         results, *others = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
         for other in others:
             results["figures"] += other["figures"]
-        report.update_readme(REPOSITORY / "README.md", results)
+        report.update(REPOSITORY / "docs" / "performance.md", results)
         return 0
     logging.disable(logging.WARNING)  # pymilvus and LlamaIndex
     scale = _Scale(is_quick=given.quick)
@@ -250,7 +250,9 @@ def _arguments() -> argparse.Namespace:
     names = [*_WORKLOADS, _INGESTION, *_OF_INGESTION]
     parser.add_argument("--only", action="append", choices=names, help="run this one; may be repeated")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results", help="folder for results")
-    parser.add_argument("--update-readme", action="store_true", help="put the stored results into README.md, and end")
+    parser.add_argument(
+        "--update-docs", action="store_true", help="put the stored results into docs/performance.md, and end"
+    )
     return parser.parse_args()
 
 

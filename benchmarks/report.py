@@ -1,4 +1,4 @@
-"""The results as text: the table on the terminal and in the README, and the machine that they were measured on."""
+"""The results as text: the table on the terminal and in the documentation, and the machine they were measured on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def table(figures: list[dict[str, Any]]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table for the README."""
+    """The table for the documentation."""
     machine = results["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     rounds = min(len(figure["rounds"]) for figure in results["figures"] if len(figure["rounds"]) > 1)
@@ -56,18 +56,18 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def update_readme(readme: Path, results: dict[str, Any]) -> None:
-    """Replace what stands between the README's two markers.
+def update(page: Path, results: dict[str, Any]) -> None:
+    """Replace what stands between a page's two markers.
 
     Raises:
         ValueError: The markers are not there.
     """
-    before = readme.read_text(encoding="utf-8")
+    before = page.read_text(encoding="utf-8")
     pattern = re.compile(re.escape(START) + ".*" + re.escape(END), re.DOTALL)
     if not pattern.search(before):
-        raise ValueError(f"{readme.name} needs the lines {START} and {END}, to have the table put between them")
+        raise ValueError(f"{page.name} needs the lines {START} and {END}, to have the table put between them")
     block = f"{START}\n{markdown(results)}\n{END}"
-    readme.write_text(pattern.sub(lambda _: block, before), encoding="utf-8")
+    page.write_text(pattern.sub(lambda _: block, before), encoding="utf-8")
 
 
 def _cells(figure: dict[str, Any]) -> tuple[str, ...]:

@@ -99,3 +99,28 @@ def test_a_store_opens_with_two_questions_if_another_one_is_open(proxy: FaultPro
         with AsyncMilvusVectorStore(**where):
             asked = [record.method for record in proxy.requests[before:]]
     assert asked == ["DescribeCollection", "DescribeIndex"]
+
+
+def test_an_index_is_made_also_where_the_strategy_is_given_as_a_text(backend: Backend, collection_name: str) -> None:
+    where: dict[str, Any] = {"uri": backend.uri, "collection_name": collection_name, "dim": DIM}
+    with AsyncMilvusVectorStore(**where) as store:
+        client = store.client
+        client.release_collection(collection_name)
+        client.drop_index(collection_name, "embedding")
+        assert not client.list_indexes(collection_name)
+        with AsyncMilvusVectorStore(**where, index_management="create_if_not_exists"):  # type: ignore[arg-type]
+            assert client.list_indexes(collection_name) == ["embedding"]
+
+
+def test_a_class_that_makes_indexes_of_its_own_is_asked_for_them(backend: Backend, collection_name: str) -> None:
+    where: dict[str, Any] = {"uri": backend.uri, "collection_name": collection_name, "dim": DIM}
+    AsyncMilvusVectorStore(**where).close()
+    asked: list[bool] = []
+
+    class Indexing(AsyncMilvusVectorStore):
+        def _create_index_if_required(self) -> None:
+            asked.append(True)
+            super()._create_index_if_required()
+
+    Indexing(**where).close()
+    assert asked == [True]

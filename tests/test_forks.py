@@ -235,3 +235,23 @@ def test_a_fork_while_another_thread_opens_and_closes_a_store_leaves_the_child_w
     """
     other = uri if uri.startswith("http") else uri.replace("forked", "other")
     assert outcome(program, uri, other, seconds=150) == "{0}"
+
+
+def test_a_fork_during_the_first_search_leaves_the_child_searching(uri: str) -> None:
+    """With the first search pymilvus imports scipy: a child must not inherit half of that."""
+    program = """
+        searching = threading.Thread(target=store.query, args=(query,))
+        searching.start()
+        time.sleep(float(sys.argv[2]))
+        child = os.fork()
+        if not child:
+            signal.alarm(15)  # ends one that hangs, with a status
+            assert len(store.query(query).ids) == 3
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        searching.join()
+        print(status, flush=True)
+        os._exit(0)
+    """
+    for seconds in ("0.0", "0.01", "0.03", "0.06"):
+        assert outcome(program, uri, seconds) == "0"

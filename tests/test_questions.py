@@ -171,3 +171,38 @@ def test_a_model_that_embeds_questions_in_a_way_of_its_own_is_asked_its_way(real
     assert questions.batch_of(own) is None
     assert questions.batch_of(HashEmbedding(dim=4)) is None
     assert isinstance(own, BaseEmbedding)
+
+
+class PanicError(BaseException):
+    """As a tokenizer written in Rust raises it."""
+
+
+@pytest.mark.parametrize("error", [PanicError, StopIteration])
+async def test_whatever_a_model_raises_nobody_waits_for_ever(model: Batches, error: type[BaseException]) -> None:
+    def raise_it(_: list[str]) -> list[list[float]]:
+        raise error
+
+    asked = [asyncio.create_task(questions.embedded(model, [each], raise_it)) for each in ["a", "b"]]
+    answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 10)
+    expected = RuntimeError if error is StopIteration else error
+    assert [type(answer) for answer in answers] == [expected, expected]
+    model._may_go.set()
+    assert await ask(model, "next") == pytest.approx(model.vector("next"))
+
+
+async def test_an_eager_task_answers_the_question_that_it_was_made_for(model: Batches) -> None:
+    factory = getattr(asyncio, "eager_task_factory", None)
+    if factory is None:
+        pytest.skip("Python 3.12")
+    model._may_go.set()
+    asyncio.get_running_loop().set_task_factory(factory)
+    assert await ask(model, "first") == pytest.approx(model.vector("first"))
+
+
+@needs_model
+def test_a_model_with_an_aggregation_of_its_own_is_asked_its_way(real_model: Any) -> None:
+    class Own(type(real_model)):  # type: ignore[misc]
+        async def aget_agg_embedding_from_queries(self, *_: Any, **__: Any) -> list[float]:
+            return [1.0]
+
+    assert questions.batch_of(Own.model_construct(**dict(real_model))) is None

@@ -272,6 +272,41 @@ def test_a_relationship_whose_metadata_is_changed_in_place_is_written_anew() -> 
         assert stored["metadata"]["a"] is value
 
 
+def test_a_node_that_is_refused_leaves_nothing_to_the_next() -> None:
+    """What nodes have in common is remembered: never by halves."""
+    encode = encoder(Schema(described())).encode
+
+    def chunk(value: str, **source: Any) -> TextNode:
+        about = RelatedNodeInfo(node_id="d1", metadata={"v": value})
+        for name, wrong in source.items():
+            about.__dict__[name] = wrong
+        return TextNode(id_="n", text="t", embedding=[0.1] * DIM, relationships={NodeRelationship.SOURCE: about})
+
+    encode(chunk("old"))
+    with pytest.raises(ValueError):
+        encode(chunk("new", node_id=7))
+    content = orjson.loads(orjson.loads(encode(chunk("new"))[0].dynamic)["_node_content"])
+    assert content["relationships"]["1"]["metadata"] == {"v": "new"}
+    broken = chunk("new")
+    broken.__dict__["text_template"] = None
+    for _ in range(2):
+        with pytest.raises(ValueError, match="node 'n'"):
+            encode(broken)
+    without = TextNode.model_construct(**{**vars(chunk("new")), "metadata": None})
+    with pytest.raises(ValueError, match="node 'n'"):
+        encode(without)
+
+
+@settings(max_examples=examples(200), deadline=None)
+@given(st.lists(nodes, min_size=1, max_size=6), st.sampled_from([None, b'{"version":"v"}']))
+def test_the_quick_way_writes_what_the_long_way_writes(batch: list[BaseNode], record: bytes | None) -> None:
+    quick, long = encoder(Schema(described())), encoder(Schema(described()))
+    long._is_usual = False
+    assert quick._is_usual
+    for node in batch:
+        assert quick.encode(node, record=record) == long.encode(node, record=record)
+
+
 def test_the_encoder_that_is_made_once_writes_as_json_does(monkeypatch: pytest.MonkeyPatch) -> None:
     if getattr(json.encoder, "c_make_encoder", None) is None:
         pytest.skip("this Python has no encoder in C")

@@ -136,22 +136,30 @@ class Connection:
 
     def metrics(self, collection: str, timeout: float) -> dict[str, str]:
         """The metric of each index of a collection, by its field; blocks."""
-        describe = self._searcher("DescribeIndex")
-        described: list[dict[str, Any]]
-        if describe is None:
+        described = self._described_indexes(collection, timeout)
+        if described is None:
             names = self.client.list_indexes(collection, timeout=timeout)
             described = [self.client.describe_index(collection, name, timeout=timeout) or {} for name in names]
-        else:  # all of them in one answer
-            request = milvus_pb2.DescribeIndexRequest(collection_name=collection)
-            answer = describe(request, timeout=timeout, metadata=self._metadata)
-            if answer.status.code == ErrorCode.INDEX_NOT_FOUND or answer.status.error_code == common_pb2.IndexNotExist:
-                return {}
-            self._check(answer.status)
-            described = [
-                {"field_name": index.field_name, **{pair.key: pair.value for pair in index.params}}
-                for index in answer.index_descriptions
-            ]
         return {index["field_name"]: index.get("metric_type", "") for index in described if index}
+
+    def _described_indexes(self, collection: str, timeout: float) -> list[dict[str, Any]] | None:
+        """All of them by one answer; None if that can't be had, and the public client is to ask, with its repeats."""
+        describe = self._searcher("DescribeIndex")
+        if describe is None:
+            return None
+        request = milvus_pb2.DescribeIndexRequest(collection_name=collection)
+        try:
+            answer = describe(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError:
+            return None
+        if answer.status.code == ErrorCode.INDEX_NOT_FOUND or answer.status.error_code == common_pb2.IndexNotExist:
+            return []
+        if answer.status.code or answer.status.error_code:
+            return None
+        return [
+            {"field_name": index.field_name, **{pair.key: pair.value for pair in index.params}}
+            for index in answer.index_descriptions
+        ]
 
     def forget_schema(self, collection: str) -> None:
         """Ask for the schema again next time."""

@@ -19,16 +19,9 @@ from llama_index_milvus_async_ext._lane.journey import Request
 from llama_index_milvus_async_ext._lane.lanes import Lane
 from llama_index_milvus_async_ext._lane.shell import Shell
 from llama_index_milvus_async_ext._lane.thread import IoThread
-from llama_index_milvus_async_ext._milvus import lite
+from llama_index_milvus_async_ext._milvus import lite, sizes
 from llama_index_milvus_async_ext._milvus.errors import COLLECTION_NOT_LOADED, RpcFailure, SchemaChangedError, classify
-from llama_index_milvus_async_ext._milvus.limits import (
-    BESIDE_SEARCHES,
-    LEAST_CAPACITY,
-    LEAST_QUERIES,
-    LEAST_ROWS,
-    Limits,
-    WriteTarget,
-)
+from llama_index_milvus_async_ext._milvus.limits import Limits, WriteTarget
 from llama_index_milvus_async_ext._milvus.opening import connect
 from llama_index_milvus_async_ext._milvus.quiet import log_retry
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
@@ -42,7 +35,8 @@ T = TypeVar("T")
 
 _RELOAD_SECONDS = 5.0
 _SCHEMA_SECONDS = 1.0  # how long a schema is taken to be right although rows are refused by it
-_MOST_SEARCH_LANES = 256  # that are remembered: filters may differ from search to search
+# Lanes of searches that are remembered: filters may differ from search to search, and be long.
+_MOST_SEARCH_LANES, _LONGEST_REMEMBERED = 256, 4_096
 _LAST_ANSWERS_SECONDS = 2.0
 _LEAST_SECONDS = 0.05  # for a request after a long wait for the right to write
 
@@ -168,7 +162,7 @@ class Endpoint:
                     raise
             return [None] * count
 
-        capacity = max(limits.batch_size * (limits.writes_in_flight + 2), LEAST_CAPACITY)
+        capacity = max(limits.batch_size * (limits.writes_in_flight + 2), sizes.LEAST_CAPACITY)
         entrance = self._shared.entrance(self.connection.db_name or "default", collection, capacity, not target.upsert)
         return Lane(
             kind="rows",
@@ -181,9 +175,9 @@ class Endpoint:
             max_in_flight=1 if self.is_lite else limits.writes_in_flight,
             ceiling=limits.max_concurrency,
             rpc_timeout_seconds=limits.rpc_timeout_seconds,
-            spread_above=LEAST_ROWS,
+            spread_above=sizes.LEAST_ROWS,
             exclusive=self._exclusive,
-            gives_way=BESIDE_SEARCHES,
+            gives_way=sizes.BESIDE_SEARCHES,
         )
 
     def search_request(self, group: SearchGroup, ranker: Any, limits: Limits, queries: Sequence[Any]) -> Request:
@@ -192,9 +186,11 @@ class Endpoint:
 
         find = self._search_lanes.get((group, limits))
         if find is None:
+            find = self._search_lane(group, ranker, limits)
             if len(self._search_lanes) >= _MOST_SEARCH_LANES:
                 self._search_lanes.clear()
-            find = self._search_lanes[group, limits] = self._search_lane(group, ranker, limits)
+            if len(group.expression) <= _LONGEST_REMEMBERED:
+                self._search_lanes[group, limits] = find
         return Request(self.shell, find, queries)
 
     def _search_lane(self, group: SearchGroup, ranker: Any, limits: Limits) -> Callable[[], Lane[Any, Found]]:
@@ -210,14 +206,14 @@ class Endpoint:
                 kind="queries",
                 prepare=_prepare_query,
                 send=send,
-                entrance=Entrance(max(most * (limits.max_concurrency + 2), LEAST_CAPACITY)),
+                entrance=Entrance(max(most * (limits.max_concurrency + 2), sizes.LEAST_CAPACITY)),
                 policy=limits.retry,
                 max_items=most,
                 max_bytes=limits.max_batch_bytes,
                 max_in_flight=limits.max_concurrency,
                 ceiling=limits.max_concurrency,
                 rpc_timeout_seconds=limits.rpc_timeout_seconds,
-                spread_above=None if self.is_lite else LEAST_QUERIES,
+                spread_above=None if self.is_lite else sizes.LEAST_QUERIES,
                 abort_when_unwanted=True,
                 urgent=True,
             )
@@ -244,7 +240,7 @@ class Endpoint:
                 kind="calls",
                 prepare=lambda call: (call, 0),
                 send=send,
-                entrance=Entrance(LEAST_CAPACITY),
+                entrance=Entrance(sizes.LEAST_CAPACITY),
                 policy=limits.retry,
                 max_items=1,
                 max_bytes=1,

@@ -105,14 +105,12 @@ def _is_in_use(address: str) -> bool:
 
 
 def _all_objects() -> list[Any]:
-    """What the garbage collector knows, also what a service has told it to leave alone."""
-    if not gc.get_freeze_count():
-        return gc.get_objects()
+    """What the garbage collector knows, also what a service has told it to leave alone.
+
+    That is not put back: to freeze again would freeze all that has come since, too, and keep it for ever.
+    """
     gc.unfreeze()
-    try:
-        return gc.get_objects()
-    finally:
-        gc.freeze()
+    return gc.get_objects()
 
 
 def explain_unopened(path: str) -> str | None:

@@ -14,6 +14,8 @@ from pymilvus.client.prepare import Prepare
 from pymilvus.client.search_result import SearchResult
 from pymilvus.grpc_gen import common_pb2, schema_pb2
 
+from llama_index_milvus_async_ext._lane import forks
+
 
 class HybridGroup(NamedTuple):
     """The second, sparse half of hybrid searches, and how the two halves are ranked together."""
@@ -79,9 +81,11 @@ def search_request(group: SearchGroup, queries: Sequence[Any], session_timestamp
 def warm_up() -> None:
     """Build a request, so that pymilvus imports what it imports with the first one: scipy, in 80 ms.
 
-    In the thread of whoever asks first: the I/O thread has others to serve.
+    In the thread of whoever asks first: the I/O thread has others to serve. And not beside a fork, which would leave
+    the child with half of an import that nobody completes.
     """
-    search_request(SearchGroup("c", "v", 1, "", (), b"{}"), [b"\0\0\0\0"], 0)
+    with forks.quiet.busy():
+        search_request(SearchGroup("c", "v", 1, "", (), b"{}"), [b"\0\0\0\0"], 0)
 
 
 def _request_of_one_field(
@@ -142,13 +146,12 @@ class Answer:
             return self._read[place]
         columns, dynamic = self._columns
         start, end = self._ends[place - 1] if place else 0, self._ends[place]
-        entities: list[dict[str, Any]]
-        entities = (
-            [orjson.loads(fields) for fields in dynamic[start:end]] if dynamic else [{} for _ in range(start, end)]
-        )
+        entities: list[dict[str, Any]] = [{} for _ in range(start, end)]
         for name, column in columns.items():
             for entity, value in zip(entities, column[start:end], strict=True):
                 entity[name] = value
+        for entity, fields in zip(entities, dynamic[start:end], strict=False):
+            entity.update(orjson.loads(fields))
         return Hits(self._results.ids.str_id.data[start:end], self._results.scores[start:end], entities)
 
 

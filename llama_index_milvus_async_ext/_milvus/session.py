@@ -20,6 +20,7 @@ from llama_index_milvus_async_ext._milvus.endpoint import Endpoint
 from llama_index_milvus_async_ext._milvus.opening import another_client
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 
+_CLOSED = "this AsyncMilvusVectorStore is closed; make a new one"
 _LOOK_AGAIN_SECONDS = 0.1  # nobody tells when an event loop stops
 
 _held: contextvars.ContextVar[Connected | None] = contextvars.ContextVar("held", default=None)
@@ -55,22 +56,30 @@ class Connected:
     @property
     def client(self) -> MilvusClient:
         """A client of pymilvus's."""
-        with self._making:
-            if self._client is None:
-                self._client = another_client(self._settings, self.endpoint.uri)
-            return self._client
+        if self._client is None:
+            with forks.quiet.busy(), self._making:
+                self._check_open()
+                if self._client is None:
+                    self._client = another_client(self._settings, self.endpoint.uri)
+        return self._client
 
     @property
     def async_client(self) -> AsyncMilvusClient:
         """An async client of pymilvus's."""
-        with self._making:
-            if self._async_client is None:
-                settings = self._settings
-                self._async_client = AsyncMilvusClient(
-                    uri=self.endpoint.uri, token=settings.token, **settings.client_options
-                )
-                lite.belongs_to_store(self._async_client)
-            return self._async_client
+        if self._async_client is None:
+            settings = self._settings
+            with forks.quiet.busy(), self._making:
+                self._check_open()
+                if self._async_client is None:
+                    self._async_client = AsyncMilvusClient(
+                        uri=self.endpoint.uri, token=settings.token, **settings.client_options
+                    )
+                    lite.belongs_to_store(self._async_client)
+        return self._async_client
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError(_CLOSED)
 
     def begin(self, port: Port) -> None:
         """Begin a call.
@@ -80,7 +89,7 @@ class Connected:
         """
         with self._lock:  # the plain lock: a condition's own way in and out costs several times as much
             if self._ending and _held.get() is not self:
-                raise RuntimeError("this AsyncMilvusVectorStore is closed; make a new one")
+                raise RuntimeError(_CLOSED)
             self._calls[port] = self._calls.get(port, 0) + 1
 
     def end(self, port: Port) -> None:
@@ -142,8 +151,9 @@ class Connected:
                 return
             self.closed = True
         with forks.quiet.busy():
-            if self._client is not None:
-                self._client.close()
+            with self._making:  # one that is just being made is closed as well
+                if self._client is not None:
+                    self._client.close()
             self.endpoint.close()
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from json.encoder import encode_basestring as _string
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from llama_index.core.schema import BaseNode, NodeRelationship, ObjectType, RelatedNodeInfo, TextNode
@@ -68,12 +68,9 @@ class NodeJson:
         self._with_text = text_key != "text"
         self._knows_text_nodes = _knows_text_nodes and text_key not in _OTHER_KEYS
         # What most nodes have in common with the one before is written once.
-        self._metadata: _Metadata | None = None  # of its document, and so of its other chunks, and often its own
-        self._source: tuple[tuple[Any, ...], str] | None = None
-        self._excluded: tuple[list[str], list[str]] | None = None
-        self._excluded_json = ""
-        self._templates: tuple[str, ...] | None = None
-        self._before_text = self._after_text = self._end = ""
+        self._source: _Source | None = None
+        self._excluded: tuple[tuple[list[str], ...], str] | None = None
+        self._templates: _Templates | None = None
 
     def stored(self, node: BaseNode) -> tuple[str, dict[str, Any], str]:
         """What is stored of a node.
@@ -112,15 +109,14 @@ class NodeJson:
     def _plain(self, node: TextNode) -> tuple[str, bytes | None] | None:
         """What pydantic would dump of a text node, but for its embedding; None if that takes pydantic."""
         fields = node.__dict__
-        excluded = fields["excluded_embed_metadata_keys"], fields["excluded_llm_metadata_keys"]
-        if excluded != self._excluded:
-            if not all(_STRING.issuperset(map(type, keys)) for keys in excluded):
-                return None
-            self._excluded = [*excluded[0]], [*excluded[1]]
-            self._excluded_json = (
-                f'"excluded_embed_metadata_keys": {_json(excluded[0])}, '
-                f'"excluded_llm_metadata_keys": {_json(excluded[1])}, "relationships": '
-            )
+        metadata = fields["metadata"]
+        of_before = self._source
+        is_known = of_before is not None and of_before.metadata.is_of(metadata)
+        if not (is_known or _is_plain(metadata)):
+            return None
+        excluded = self._excluded_keys(fields["excluded_embed_metadata_keys"], fields["excluded_llm_metadata_keys"])
+        if excluded is None:
+            return None
         relations = []
         for kind, relation in fields["relationships"].items():
             if type(relation) is not RelatedNodeInfo or type(kind) is not NodeRelationship:
@@ -129,54 +125,85 @@ class NodeJson:
             if relation_json is None:
                 return None
             relations.append(relation_json)
-        known, metadata = self._metadata, fields["metadata"]
-        if known is not None and known.is_of(metadata):
-            written, dumped = known.written, known.dumped
-        elif _is_plain(metadata):
-            written, dumped = _json(metadata), None
-        else:
-            return None
-        templates = _TEMPLATES_OF(fields)
-        if templates != self._templates:
-            self._templates = templates
-            self._before_text = (
-                f'"metadata_template": {_string(templates[0])}, "metadata_separator": {_string(templates[1])}, "text": '
-            )
-            self._after_text = f', "mimetype": {_string(templates[2])}, "start_char_idx": '
-            self._end = f', "text_template": {_string(templates[3])}, "class_name": "TextNode"}}'
+        source = self._source
+        if source is not of_before:
+            is_known = source is not None and source.metadata.is_of(metadata)
+        written, dumped = (source.metadata.written, source.metadata.dumped) if source and is_known else (None, None)
+        templates = self._around_text(_TEMPLATES_OF(fields))
         text = _string(fields["text"]) if self._with_text else '""'
         start, end = fields["start_char_idx"], fields["end_char_idx"]
         # Put together by hand: one call of the encoder for a dict of all this takes three times as long.
         content = (
-            f'{{"id_": {_string(fields["id_"])}, "embedding": null, "metadata": {written}, '
-            f"{self._excluded_json}{{{', '.join(relations)}}}, {self._before_text}{text}{self._after_text}"
+            f'{{"id_": {_string(fields["id_"])}, "embedding": null, "metadata": {written or _json(metadata)}, '
+            f"{excluded}{{{', '.join(relations)}}}, {templates.before_text}{text}{templates.after_text}"
             f'{"null" if start is None else _json(start)}, "end_char_idx": {"null" if end is None else _json(end)}'
-            f"{self._end}"
+            f"{templates.end}"
         )
         return content, dumped
 
+    # What is remembered is put in its place once it is complete: no node can leave half of it for the next.
+
+    def _excluded_keys(self, *keys: list[str]) -> str | None:
+        """The lists of excluded keys as they are written; None if that takes pydantic."""
+        known = self._excluded
+        if known is None or known[0] != keys:
+            if not all(type(of) is list and _STRING.issuperset(map(type, of)) for of in keys):
+                return None
+            written = (
+                f'"excluded_embed_metadata_keys": {_json(keys[0])}, "excluded_llm_metadata_keys": {_json(keys[1])}, '
+                '"relationships": '
+            )
+            known = self._excluded = (tuple([*of] for of in keys), written)
+        return known[1]
+
+    def _around_text(self, templates: tuple[str, ...]) -> _Templates:
+        known = self._templates
+        if known is None or known.values != templates:
+            known = self._templates = _Templates(templates)
+        return known
+
     def _relation(self, kind: NodeRelationship, about: Mapping[str, Any]) -> str | None:
         """A relationship as it is written; None if that takes pydantic."""
-        known, metadata = self._metadata, about["metadata"]
-        is_known = known is not None and known.is_of(metadata)
+        source, metadata = self._source, about["metadata"]
+        is_known = source is not None and source.metadata.is_of(metadata)
         if not (is_known or _is_plain(metadata)):
             return None
         key = node_id, node_type, hash_ = about["node_id"], about["node_type"], about["hash"]
-        is_source = kind is NodeRelationship.SOURCE
-        if is_source and is_known and self._source is not None and key == self._source[0]:
-            return self._source[1]
-        if is_source and not is_known:
-            known, is_known = _Metadata(metadata), True
-            self._metadata = known
+        if kind is NodeRelationship.SOURCE and source is not None and is_known and key == source.key:
+            return source.written
+        known = source.metadata if source is not None and is_known else None
+        if kind is NodeRelationship.SOURCE and known is None:
+            known = _Metadata(metadata)
         written = (
             f'"{kind._value_}": {{"node_id": {_string(node_id)}, '
             f'"node_type": {_json(node_type._value_ if type(node_type) is ObjectType else node_type)}, '
-            f'"metadata": {known.written if known is not None and is_known else _json(metadata)}, '
+            f'"metadata": {known.written if known is not None else _json(metadata)}, '
             f'"hash": {_json(hash_)}, "class_name": "RelatedNodeInfo"}}'
         )
-        if is_source:
-            self._source = key, written
+        if kind is NodeRelationship.SOURCE and known is not None:
+            self._source = _Source(known, key, written)
         return written
+
+
+class _Templates:
+    """What stands around a node's text, of its templates."""
+
+    __slots__ = ("after_text", "before_text", "end", "values")
+
+    def __init__(self, values: tuple[str, ...]) -> None:
+        metadata_template, separator, mimetype, text_template = map(_string, values)
+        self.values = values
+        self.before_text = f'"metadata_template": {metadata_template}, "metadata_separator": {separator}, "text": '
+        self.after_text = f', "mimetype": {mimetype}, "start_char_idx": '
+        self.end = f', "text_template": {text_template}, "class_name": "TextNode"}}'
+
+
+class _Source(NamedTuple):
+    """The document of the last node, as the relationship was written."""
+
+    metadata: _Metadata
+    key: tuple[Any, ...]
+    written: str
 
 
 class _Metadata:

@@ -172,12 +172,12 @@ class RowEncoder:
     ) -> tuple[Row, int] | None:
         """The row of what nearly all nodes are, in less time; None for any other node, a bad one among them."""
         fields = node.__dict__
-        metadata: dict[str, Any] = fields["metadata"]
-        source = fields["relationships"].get(NodeRelationship.SOURCE)
-        if not self._reserved.isdisjoint(metadata) or (source is not None and type(source) is not RelatedNodeInfo):
-            return None
-        text, id_, doc_id = fields["text"], fields["id_"], (source.node_id if source is not None else "") or "None"
         try:
+            metadata: dict[str, Any] = fields["metadata"]
+            source = fields["relationships"].get(NodeRelationship.SOURCE)
+            if not self._reserved.isdisjoint(metadata) or (source is not None and type(source) is not RelatedNodeInfo):
+                return None
+            text, id_, doc_id = fields["text"], fields["id_"], (source.node_id if source is not None else "") or "None"
             plain = self._json.plain(node)
             if plain is None:
                 return None
@@ -189,7 +189,7 @@ class RowEncoder:
             other_bytes = len(id_.encode()) + len(doc_id.encode())
             own = (own or orjson.dumps(metadata))[:-1] + (b',"_node_content":' if metadata else b'"_node_content":')
             dynamic = own + orjson.dumps(content) + self._about_document
-        except (TypeError, ValueError, RecursionError):  # what is wrong with it is said the long way
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):  # what is wrong is said the long way
             return None
         if record is not None:
             dynamic = dynamic[:-1] + self._end_with(record)

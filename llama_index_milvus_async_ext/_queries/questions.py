@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import weakref
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding, mean_agg
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
@@ -16,6 +18,11 @@ from llama_index_instrumentation import get_dispatcher
 dispatcher = get_dispatcher(__name__)
 
 _QUESTIONS_PER_CALL = 256
+# What LlamaIndex calls for a question, or would call.
+_OF_QUESTIONS = {
+    *("_embed", "_get_query_embedding", "_aget_query_embedding", "aget_query_embedding"),
+    "aget_agg_embedding_from_queries",
+}
 
 Batch = Callable[[list[str]], list[list[float]]]
 
@@ -29,16 +36,23 @@ def batch_of(model: BaseEmbedding) -> Batch | None:
     LlamaIndex has none: a batch call embeds texts, which some models embed in another way than questions. Those of
     Hugging Face differ in the name of a prompt only.
     """
-    embed = getattr(model, "_embed", None)
-    is_known = any(cls.__module__.startswith("llama_index.embeddings.huggingface") for cls in type(model).__mro__)
-    if not is_known or embed is None or "prompt_name" not in inspect.signature(embed).parameters:
+    if not _embeds_questions_together(type(model)):
         return None
-    own = {name for cls in type(model).__mro__ for name in vars(cls) if not cls.__module__.startswith("llama_index.")}
-    if not own.isdisjoint({"_embed", "_get_query_embedding", "_aget_query_embedding", "aget_query_embedding"}):
-        return None  # a class of the user's own, which does it in another way
     if model.rate_limiter is not None or model.embeddings_cache is not None:
         return None  # LlamaIndex asks them question by question
+    embed: Any = getattr(model, "_embed", None)
     return lambda texts: embed(texts, prompt_name="query")
+
+
+@functools.lru_cache(maxsize=64)
+def _embeds_questions_together(kind: type[BaseEmbedding]) -> bool:
+    embed = getattr(kind, "_embed", None)
+    is_known = any(cls.__module__.startswith("llama_index.embeddings.huggingface") for cls in kind.__mro__)
+    if not is_known or embed is None or "prompt_name" not in inspect.signature(embed).parameters:
+        return False
+    own = {name for cls in kind.__mro__ for name in vars(cls) if not cls.__module__.startswith("llama_index.")}
+    # A class of the user's own may do it in another way.
+    return own.isdisjoint(_OF_QUESTIONS)
 
 
 async def embedded(model: BaseEmbedding, questions: list[str], batch: Batch) -> list[float]:
@@ -68,13 +82,15 @@ class _Questions:
         self._batch = batch
         self._at_work = at_work
         self._waiting: deque[tuple[str, asyncio.Future[list[float]]]] = deque()
-        self._task = asyncio.create_task(self._work())
-        self._task.add_done_callback(self._end)
+        self._task: asyncio.Task[None] | None = None
 
     async def ask(self, question: str) -> list[float]:
         """The embedding of a question."""
         answer: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
         self._waiting.append((question, answer))
+        if self._task is None:  # with a question that waits: an eager task works at once
+            self._task = asyncio.create_task(self._work())
+            self._task.add_done_callback(self._end)
         return await answer
 
     async def _work(self) -> None:
@@ -95,20 +111,29 @@ class _Questions:
         if not some:
             return
         try:
-            vectors = await asyncio.to_thread(self._batch, [question for question, _ in some])
+            vectors = await asyncio.to_thread(_called, self._batch, [question for question, _ in some])
             if len(vectors) != len(some):
                 raise ValueError(f"the embedding model gave {len(vectors)} vectors for {len(some)} questions")
         except asyncio.CancelledError:
             for _, answer in some:
                 answer.cancel()
             raise
-        except Exception as error:
-            if len(some) > 1:
+        except BaseException as error:  # such as the panic of a tokenizer: all who wait are told of that
+            if isinstance(error, Exception) and len(some) > 1:
                 for each in some:
                     await self._answer([each])
-            elif not some[0][1].done():
-                some[0][1].set_exception(error)
+                return
+            for _, answer in some:
+                if not answer.done():
+                    answer.set_exception(error)
             return
         for (_, answer), vector in zip(some, vectors, strict=True):
             if not answer.done():
                 answer.set_result(vector)
+
+
+def _called(batch: Batch, questions: list[str]) -> list[list[float]]:
+    try:
+        return batch(questions)
+    except StopIteration as error:  # which no future can hold: its caller would wait for ever
+        raise RuntimeError("the embedding model raised StopIteration") from error

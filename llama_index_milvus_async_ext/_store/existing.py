@@ -49,17 +49,20 @@ def existing(connection: Connection, collection: str, timeout: float) -> Existin
     return Existing(schema, connection.metrics(collection, timeout))
 
 
-def needs_nothing(found: Existing, arguments: dict[str, Any]) -> bool:
+def needs_nothing(kind: type[MilvusVectorStore], found: Existing, arguments: dict[str, Any]) -> bool:
     """Whether upstream's constructor would do nothing in Milvus but look.
 
     Args:
+        kind: The store's class.
         found: The collection.
         arguments: The constructor's, but for the connection's.
     """
-    is_indexed = bool(found.metrics) or arguments["index_management"] is not IndexManagement.CREATE_IF_NOT_EXISTS
+    makes_an_index = (IndexManagement.CREATE_IF_NOT_EXISTS, IndexManagement.CREATE_IF_NOT_EXISTS.value)
+    is_indexed = bool(found.metrics) or arguments["index_management"] not in makes_an_index
     is_known = arguments.keys() == _ARGUMENTS - _CONNECTION and arguments.keys() <= _FIELDS
     return (
         is_indexed
+        and kind._create_index_if_required is MilvusVectorStore._create_index_if_required
         and is_known
         and set(MilvusVectorStore.__private_attributes__) == _KNOWN_PRIVATE
         and not arguments["overwrite"]

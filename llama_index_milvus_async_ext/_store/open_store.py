@@ -24,6 +24,7 @@ from llama_index_milvus_async_ext._milvus.limits import Limits, WriteTarget
 from llama_index_milvus_async_ext._milvus.opening import first_answer
 from llama_index_milvus_async_ext._milvus.quiet import silence_pymilvus
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
+from llama_index_milvus_async_ext._milvus.search_request import warm_up
 from llama_index_milvus_async_ext._milvus.session import Connected, close_with
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from llama_index_milvus_async_ext._nodes.rows import RowEncoder
@@ -143,7 +144,7 @@ class OpenStore(MilvusVectorStore):
                 else:
                     found = first_answer(settings, lambda: existing(connection, collection_name, rpc_timeout_seconds))
                 arguments |= fitted(found, arguments)
-                if found is not None and needs_nothing(found, arguments):
+                if found is not None and needs_nothing(type(self), found, arguments):
                     construct(self, arguments)
                 else:
                     super().__init__(
@@ -175,7 +176,9 @@ class OpenStore(MilvusVectorStore):
 
         store = await AsyncMilvusVectorStore.aopen(uri="http://localhost:19530", dim=384)
         """
-        return await asyncio.to_thread(cls, *args, **kwargs)
+        store = await asyncio.to_thread(cls, *args, **kwargs)
+        await asyncio.to_thread(warm_up)  # else the first search would block the loop, by an import
+        return store
 
     @classmethod
     def from_vector_store(cls, vector_store: MilvusVectorStore, **limits: Any) -> Self:

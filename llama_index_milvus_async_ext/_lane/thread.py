@@ -116,16 +116,21 @@ class IoThread:
 
     def _empty_inbox(self) -> None:
         until = time.monotonic() + _TURN_SECONDS
-        self._woken = False
-        while self._inbox:
-            try:
-                self._inbox.popleft()()
-            except Exception as error:  # one caller's defect does not stop the others' requests
-                self.loop.call_exception_handler({"message": "a call in the I/O thread failed", "exception": error})
-            if self._inbox and time.monotonic() > until:
-                self._woken = True
-                self.loop.call_soon(self._empty_inbox)
+        while True:
+            # The flag stays up meanwhile: were it down, each of the next posts would have this called once more in the
+            # turn that follows, which would then last many times as long.
+            while self._inbox:
+                try:
+                    self._inbox.popleft()()
+                except Exception as error:  # one caller's defect does not stop the others' requests
+                    self.loop.call_exception_handler({"message": "a call in the I/O thread failed", "exception": error})
+                if self._inbox and time.monotonic() > until:
+                    self.loop.call_soon(self._empty_inbox)
+                    return
+            self._woken = False
+            if not self._inbox:
                 return
+            self._woken = True  # posted just before the flag was down
 
     # --- the end
 

@@ -12,6 +12,7 @@ from llama_index_milvus_async_ext import AsyncMilvusVectorStore
 from llama_index_milvus_async_ext._store import existing, open_store
 from tests.conftest import Backend, MakeNodes
 from tests.fault_proxy import FaultProxy
+from tests.faults import MilvusError, Nth
 
 DIM = 8
 
@@ -124,3 +125,11 @@ def test_a_class_that_makes_indexes_of_its_own_is_asked_for_them(backend: Backen
 
     Indexing(**where).close()
     assert asked == [True]
+
+
+def test_a_collection_that_another_process_makes_just_now_is_opened(proxy: FaultProxy, collection_name: str) -> None:
+    where: dict[str, Any] = {"uri": proxy.uri, "collection_name": collection_name, "dim": DIM}
+    AsyncMilvusVectorStore(**where).close()
+    absent = proxy.script(MilvusError(100, "can't find collection"), method="DescribeCollection", on=Nth(1))
+    AsyncMilvusVectorStore(**where).close()
+    assert absent.struck == 1

@@ -43,9 +43,9 @@ def existing(connection: Connection, collection: str, timeout: float) -> Existin
     try:
         schema = connection.fetch_schema(collection, timeout)
     except MilvusException:
-        if connection.client.has_collection(collection, timeout=timeout):
-            raise
-        return None
+        if not connection.client.has_collection(collection, timeout=timeout):
+            return None
+        schema = connection.fetch_schema(collection, timeout)  # it was made meanwhile; or what is wrong is said again
     return Existing(schema, connection.metrics(collection, timeout))
 
 

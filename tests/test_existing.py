@@ -13,6 +13,7 @@ from llama_index_milvus_async_ext._store import existing, open_store
 from tests.conftest import Backend, MakeNodes
 from tests.fault_proxy import FaultProxy
 from tests.faults import MilvusError, Nth
+from tests.leftovers import nothing_is_left_of
 
 DIM = 8
 
@@ -133,3 +134,15 @@ def test_a_collection_that_another_process_makes_just_now_is_opened(proxy: Fault
     absent = proxy.script(MilvusError(100, "can't find collection"), method="DescribeCollection", on=Nth(1))
     AsyncMilvusVectorStore(**where).close()
     assert absent.struck == 1
+
+
+@pytest.mark.parametrize("method", ["CreateCollection", "CreateIndex"])
+def test_a_collection_that_another_process_makes_at_the_same_time_is_opened(
+    proxy: FaultProxy, collection_name: str, method: str
+) -> None:
+    """Milvus Lite refuses to make it, or its index, a second time."""
+    refused = proxy.script(MilvusError(1, "collection 'c' already exists"), method=method, on=Nth(1))
+    with AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM) as store:
+        assert refused.struck == 1
+        assert store.client.list_indexes(collection_name) == ["embedding"]
+    assert nothing_is_left_of(proxy)

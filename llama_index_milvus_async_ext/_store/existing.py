@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import tenacity
 from llama_index.vector_stores.milvus import IndexManagement, MilvusVectorStore
 from llama_index.vector_stores.milvus.base import similarity_metrics_map
 from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext._milvus.connection import Connection
+from llama_index_milvus_async_ext._milvus.errors import COLLECTION_NOT_FOUND
 from llama_index_milvus_async_ext._milvus.schema import Schema
 
 # The arguments of upstream's constructor that its fields take as they are, and those that decide what else it does.
@@ -42,10 +45,12 @@ def existing(connection: Connection, collection: str, timeout: float) -> Existin
     """
     try:
         schema = connection.fetch_schema(collection, timeout)
-    except MilvusException:
+    except MilvusException as error:
         if not connection.client.has_collection(collection, timeout=timeout):
             return None
-        schema = connection.fetch_schema(collection, timeout)  # it was made meanwhile; or what is wrong is said again
+        if error.code != COLLECTION_NOT_FOUND:
+            raise
+        schema = connection.fetch_schema(collection, timeout)  # another process has made it meanwhile
     return Existing(schema, connection.metrics(collection, timeout))
 
 
@@ -69,6 +74,22 @@ def needs_nothing(kind: type[MilvusVectorStore], found: Existing, arguments: dic
         and not arguments["collection_properties"]
         and not (arguments["enable_sparse"] and arguments["sparse_embedding_function"] is None)
     )
+
+
+def make_beside_others(make: Callable[[], None], discard: Callable[[], None]) -> None:
+    """Make a collection, which another process may make at the same time: Milvus Lite refuses the second one.
+
+    Args:
+        make: Upstream's constructor, which makes a collection that is not there.
+        discard: Closes what it leaves when it fails.
+    """
+    tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(3),
+        wait=tenacity.wait_fixed(0.2),  # until the other one has made its index as well
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, MilvusException) and "exist" in str(error)),
+        before_sleep=lambda _: discard(),
+        reraise=True,
+    )(make)
 
 
 def construct(store: MilvusVectorStore, arguments: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Awaitable, Callable
 from operator import attrgetter
@@ -28,7 +29,7 @@ from llama_index_milvus_async_ext._milvus.search_request import warm_up
 from llama_index_milvus_async_ext._milvus.session import Connected, close_with
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from llama_index_milvus_async_ext._nodes.rows import RowEncoder
-from llama_index_milvus_async_ext._store.existing import construct, existing, needs_nothing
+from llama_index_milvus_async_ext._store.existing import construct, existing, make_beside_others, needs_nothing
 from llama_index_milvus_async_ext._store.opening import arguments_of, check_hooks, fitted
 from llama_index_milvus_async_ext._store.statistics import StoreStatistics
 from llama_index_milvus_async_ext.retry import RetryPolicy
@@ -147,18 +148,12 @@ class OpenStore(MilvusVectorStore):
                 if found is not None and needs_nothing(type(self), found, arguments):
                     construct(self, arguments)
                 else:
-                    super().__init__(
-                        uri=endpoint.uri,
-                        token=settings.token,
-                        use_async_client=False,
-                        **arguments,
-                        **settings.client_options,
-                    )
+                    where: dict[str, Any] = {"uri": endpoint.uri, "token": settings.token, "use_async_client": False}
+                    make = functools.partial(super().__init__, **where, **arguments, **settings.client_options)
+                    make_beside_others(make, self._discard_made)
                     connection.fetch_schema(collection_name, rpc_timeout_seconds)
         except BaseException:
-            # What upstream made before it failed would keep a file from being let go of.
-            if (made := self._made_by_upstream()) is not None:
-                made.close()
+            self._discard_made()
             endpoint.close()
             raise
         for name, value in own.items():
@@ -215,6 +210,11 @@ class OpenStore(MilvusVectorStore):
     # Upstream's own names for them, where there is nothing until somebody asks.
     _milvusclient = client
     _async_milvusclient = aclient
+
+    def _discard_made(self) -> None:
+        """Close what upstream made before it failed: it would keep a file from being let go of."""
+        if (made := self._made_by_upstream()) is not None:
+            made.close()
 
     def _made_by_upstream(self) -> MilvusClient | None:
         """The client that upstream's constructor has made, if it has run."""

@@ -69,9 +69,7 @@ async def _many(outcome: Outcome, stored: list[Any], ours: Any, upstream: Any, r
             f"{workload}: client CPU per search",
             "upstream",
             None,
-            ratios(
-                [r.cpu_seconds / len(r.latencies) for r in mine], [r.cpu_seconds / len(r.latencies) for r in theirs]
-            ),
+            ratios([r.cpu_of_one for r in mine], [r.cpu_of_one for r in theirs]),
             True,
         ),
     ]

@@ -7,10 +7,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks.backend import Backend, check_answers, queries_for
+from benchmarks.backend import Backend, queries_for
 from benchmarks.corpus import make_nodes
 from benchmarks.delay import delayed
 from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, ratios, seconds, timed
+from benchmarks.searches import checked
 from benchmarks.single import opening_both
 
 _SECONDS_EACH_WAY = 0.02
@@ -62,18 +63,7 @@ def _note(
 def _searching(store: Any, stored: list[Any]) -> Side:
     nodes = stored[:_SEARCHES]
     queries = queries_for(nodes)
-
-    async def measure() -> Timing:
-        results: list[Any] = []
-
-        async def work() -> None:
-            results.extend(await asyncio.gather(*map(store.aquery, queries)))
-
-        timing = await timed(work)
-        check_answers(nodes, results)
-        return timing
-
-    return measure
+    return checked(nodes, lambda: asyncio.gather(*map(store.aquery, queries)))
 
 
 async def _in_one_call(store: Any, nodes: list[Any]) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.backend import Backend, check_answers, queries_for
+from benchmarks.backend import Backend, queries_for
 from benchmarks.corpus import make_nodes
 from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, ratios, seconds, timed
+from benchmarks.searches import checked
 
 _STORED_ROWS = 2_000
 
@@ -57,15 +58,8 @@ async def _searching(backend: Backend, dim: int, rounds: int, count: int) -> dic
 
         def side(open_store: Callable[..., Any]) -> Side:
             async def measure() -> Timing:
-                results: list[Any] = []
                 async with open_store(dim, collection_name=writer.collection_name) as store:
-
-                    async def work() -> None:
-                        results.extend(await asyncio.gather(*map(store.aquery, queries)))
-
-                    timing = await timed(work)
-                check_answers(nodes, results)
-                return timing
+                    return await checked(nodes, lambda: asyncio.gather(*map(store.aquery, queries)))()
 
             return measure
 

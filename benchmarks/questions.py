@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from llama_index.core.vector_stores.types import VectorStoreQuery
 
 from benchmarks.backend import TOP_K, Backend, WrongAnswerError
 from benchmarks.corpus import make_nodes
-from benchmarks.measure import Figure, Outcome, Side, Timing, alternate, ratios, seconds, timed
+from benchmarks.measure import Figure, Outcome, alternate, ratios, seconds, timed
 from llama_index_milvus_async_ext import AsyncMilvusRetriever
 
 _QUESTIONS = 128
@@ -64,15 +64,8 @@ async def run(*, rounds: int, questions: int = _QUESTIONS) -> Outcome:
                 async def many() -> None:
                     checked([[hit.node.node_id for hit in hits] for hits in await retriever.aretrieve_many(asked)])
 
-                def side(work: Any) -> Side:
-                    async def measure() -> Timing:
-                        return await timed(work)
-
-                    return measure
-
-                taken = await alternate(
-                    {"one call": side(one_call), "aretrieve": side(concurrent), "aretrieve_many": side(many)}, rounds
-                )
+                work = {"one call": one_call, "aretrieve": concurrent, "aretrieve_many": many}
+                taken = await alternate({name: partial(timed, of) for name, of in work.items()}, rounds)
         finally:
             backend.close()
     for name, workload in (

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+
+from llama_index.core.schema import BaseNode
 
 from benchmarks import ready_made
 from benchmarks.backend import Backend, check_answers, queries_for
@@ -63,6 +65,22 @@ async def run(backend: Backend, *, dim: int, rounds: int, count: int) -> Outcome
     return outcome
 
 
+def checked(nodes: Sequence[BaseNode], search: Callable[[], Awaitable[Sequence[Any]]]) -> Side:
+    """A side that searches, and whose answers have to be these nodes, in their order."""
+
+    async def measure() -> Timing:
+        results: list[Any] = []
+
+        async def work() -> None:
+            results.extend(await search())
+
+        timing = await timed(work)
+        check_answers(nodes, results)
+        return timing
+
+    return measure
+
+
 async def _concurrent(backend: Backend, dim: int, rounds: int, count: int, level: str) -> dict[str, list[Timing]]:
     stored = make_nodes(STORED_ROWS, dim)
     nodes = stored[:count]
@@ -73,29 +91,17 @@ async def _concurrent(backend: Backend, dim: int, rounds: int, count: int, level
         collection = writer.collection_name
         requests = ready_made.search_requests(collection, queries, _QUERIES_PER_REQUEST)
 
-        def checked(search: Callable[[], Any]) -> Side:
-            async def measure() -> Timing:
-                results: list[Any] = []
-
-                async def work() -> None:
-                    results.extend(await search())
-
-                timing = await timed(work)
-                check_answers(nodes, results)
-                return timing
-
-            return measure
-
         def concurrent(open_store: Callable[..., Any]) -> Side:
             async def measure() -> Timing:
                 async with open_store(dim, collection_name=collection, consistency_level=level) as store:
-                    return await checked(lambda: asyncio.gather(*map(store.aquery, queries)))()
+                    return await checked(nodes, lambda: asyncio.gather(*map(store.aquery, queries)))()
 
             return measure
 
         def ceiling(in_flight: int) -> Side:
             return checked(
-                lambda: ready_made.search(backend.client, requests, _QUERIES_PER_REQUEST, in_flight, len(queries))
+                nodes,
+                lambda: ready_made.search(backend.client, requests, _QUERIES_PER_REQUEST, in_flight, len(queries)),
             )
 
         sides = {"upstream, async": concurrent(backend.upstream), "ours, async": concurrent(backend.ours)}

@@ -183,7 +183,6 @@ class Endpoint:
     def search_request(self, group: SearchGroup, ranker: Any, limits: Limits, queries: Sequence[Any]) -> Request:
         """Searches, each of which may share a request with others of its group; the results are `Found`."""
         warm_up()
-
         find = self._search_lanes.get((group, limits))
         if find is None:
             find = self._search_lane(group, ranker, limits)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import struct
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 from pymilvus.client import ts_utils
@@ -15,6 +15,8 @@ from pymilvus.client.search_result import SearchResult
 from pymilvus.grpc_gen import common_pb2, schema_pb2
 
 from llama_index_milvus_async_ext._lane import forks
+
+T = TypeVar("T")
 
 
 class HybridGroup(NamedTuple):
@@ -86,6 +88,12 @@ def warm_up() -> None:
     """
     with forks.quiet.busy():
         search_request(SearchGroup("c", "v", 1, "", (), b"{}"), [b"\0\0\0\0"], 0)
+
+
+def warmed_up(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Make a call in this thread, and before it what else the first search would make its own thread wait for."""
+    warm_up()
+    return call(*args, **kwargs)
 
 
 def _request_of_one_field(

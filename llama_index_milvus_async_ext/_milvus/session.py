@@ -58,7 +58,7 @@ class Connected:
         """A client of pymilvus's."""
         if self._client is None:
             with forks.quiet.busy(), self._making:
-                self._check_open()
+                self.check_open()
                 if self._client is None:
                     self._client = another_client(self._settings, self.endpoint.uri)
         return self._client
@@ -69,7 +69,7 @@ class Connected:
         if self._async_client is None:
             settings = self._settings
             with forks.quiet.busy(), self._making:
-                self._check_open()
+                self.check_open()
                 if self._async_client is None:
                     self._async_client = AsyncMilvusClient(
                         uri=self.endpoint.uri, token=settings.token, **settings.client_options
@@ -77,7 +77,8 @@ class Connected:
                     lite.belongs_to_store(self._async_client)
         return self._async_client
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise `RuntimeError` once the store is closed."""
         if self.closed:
             raise RuntimeError(_CLOSED)
 

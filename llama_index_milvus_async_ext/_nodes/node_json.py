@@ -81,10 +81,9 @@ class NodeJson:
         Raises:
             ValueError, TypeError, RecursionError: It can't be written as JSON.
         """
-        if self._knows_text_nodes and type(node) is TextNode:
-            written = self._plain(node)
-            if written is not None:
-                return written[0], dict(node.metadata), node.text
+        plain = self.plain(node)
+        if plain is not None:
+            return plain[0], dict(node.metadata), node.__dict__["text"]
         dumped = node.model_dump(mode="json", exclude={"embedding"})
         metadata = dumped.get("metadata", {})
         text = dumped.get("text")
@@ -97,17 +96,15 @@ class NodeJson:
         return _encode(content), metadata, text
 
     def plain(self, node: BaseNode) -> tuple[str, bytes | None] | None:
-        """A plain text node as JSON, without its text; None if that takes `stored`.
+        """What pydantic would dump of a text node, but for its text and embedding; None if that takes pydantic.
 
         Beside it stands its metadata as orjson writes it, if that is known.
 
         Raises:
             ValueError, TypeError: As `stored`.
         """
-        return self._plain(node) if self._knows_text_nodes and type(node) is TextNode else None
-
-    def _plain(self, node: TextNode) -> tuple[str, bytes | None] | None:
-        """What pydantic would dump of a text node, but for its embedding; None if that takes pydantic."""
+        if not self._knows_text_nodes or type(node) is not TextNode:
+            return None
         fields = node.__dict__
         metadata = fields["metadata"]
         of_before = self._source

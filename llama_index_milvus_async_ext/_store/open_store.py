@@ -25,7 +25,7 @@ from llama_index_milvus_async_ext._milvus.limits import Limits, WriteTarget
 from llama_index_milvus_async_ext._milvus.opening import first_answer
 from llama_index_milvus_async_ext._milvus.quiet import silence_pymilvus
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
-from llama_index_milvus_async_ext._milvus.search_request import warm_up
+from llama_index_milvus_async_ext._milvus.search_request import warmed_up
 from llama_index_milvus_async_ext._milvus.session import Connected, close_with
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from llama_index_milvus_async_ext._nodes.rows import RowEncoder
@@ -171,9 +171,7 @@ class OpenStore(MilvusVectorStore):
 
         store = await AsyncMilvusVectorStore.aopen(uri="http://localhost:19530", dim=384)
         """
-        store = await asyncio.to_thread(cls, *args, **kwargs)
-        await asyncio.to_thread(warm_up)  # else the first search would block the loop, by an import
-        return store
+        return await asyncio.to_thread(warmed_up, cls, *args, **kwargs)
 
     @classmethod
     def from_vector_store(cls, vector_store: MilvusVectorStore, **limits: Any) -> Self:
@@ -226,8 +224,7 @@ class OpenStore(MilvusVectorStore):
         # From pydantic's dict of private attributes, as to ask for `self._connected` costs a call over a microsecond.
         connected: Connected | None = (self.__pydantic_private__ or {})["_connected"]
         assert connected is not None, "set at the end of __init__"
-        if connected.closed:
-            raise RuntimeError("this AsyncMilvusVectorStore is closed; make a new one")
+        connected.check_open()
         if connected.pid != os.getpid():  # forked: nothing that was connected in the parent works here
             lite.never_collect(connected)
             connected = self._connected = Connected(Endpoint.open(self._settings), self._settings)

@@ -255,3 +255,21 @@ def test_a_fork_during_the_first_search_leaves_the_child_searching(uri: str) -> 
     """
     for seconds in ("0.0", "0.01", "0.03", "0.06"):
         assert outcome(program, uri, seconds) == "0"
+
+
+def test_a_client_of_pymilvus_in_a_child_is_the_childs_own(uri: str) -> None:
+    """Whoever asked for it, under whichever name, before the fork."""
+    program = """
+        count = lambda client: client.query("c", filter="", output_fields=["count(*)"])[0]["count(*)"]
+        before = store.client
+        child = os.fork()
+        if not child:
+            signal.alarm(15)  # ends one that hangs, with a status
+            assert store.client is not before and store._milvusclient is store.client
+            assert count(store.client) == 20 and store.aclient is not None
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        print(status, store.client is before, count(store.client), flush=True)
+        os._exit(0)
+    """
+    assert outcome(program, uri) == "0 True 20"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import threading
@@ -20,7 +21,7 @@ from llama_index_milvus_async_ext import AsyncMilvusVectorStore
 from llama_index_milvus_async_ext._milvus import lite
 from tests.conftest import MakeNodes
 from tests.fault_proxy import FaultProxy
-from tests.faults import Fault, MilvusError, Nth, Refuse
+from tests.faults import Fault, Held, MilvusError, Nth, Refuse
 from tests.leftovers import is_free, nothing_is_left_of
 from tests.waiting import blocked_until, until
 
@@ -146,6 +147,38 @@ async def test_a_client_that_can_not_be_made_leaves_the_store_as_it_is(
         assert refused.struck == 1
         assert len(store.add(make_nodes(3, dim=DIM))) == 3
         assert store.client.has_collection(collection_name)
+    await until(lambda: nothing_is_left_of(proxy))
+
+
+async def test_a_store_that_is_closed_while_its_client_connects_leaves_nothing_behind(
+    proxy: FaultProxy, collection_name: str
+) -> None:
+    AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM).close()
+    store = AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM)
+    held = Held()
+    proxy.script(held, method="Connect")
+    with ThreadPoolExecutor(2) as threads:
+        connecting = threads.submit(lambda: store.client)
+        await until(lambda: proxy.in_flight("Connect") == 1)
+        closing = threads.submit(store.close)
+        held.let_go()
+        await asyncio.gather(*map(asyncio.wrap_future, (connecting, closing)))
+    with pytest.raises(RuntimeError, match="closed"):
+        _ = store.client
+    await until(lambda: nothing_is_left_of(proxy))
+
+
+async def test_an_opening_whose_caller_gives_up_leaves_nothing_behind(proxy: FaultProxy, collection_name: str) -> None:
+    AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM).close()
+    held = Held()
+    proxy.script(held, method="DescribeCollection")
+    opening = asyncio.create_task(AsyncMilvusVectorStore.aopen(proxy.uri, collection_name=collection_name, dim=DIM))
+    await until(lambda: proxy.in_flight("DescribeCollection") == 1)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    del opening
+    held.let_go()
     await until(lambda: nothing_is_left_of(proxy))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,9 +11,11 @@ import orjson
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryResult
 from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
+from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus import MilvusClient
 from pymilvus.client import ts_utils
 from pymilvus.client.prepare import Prepare
+from pymilvus.client.search_result import SearchResult
 
 from benchmarks.backend import METRIC, TOP_K
 
@@ -100,17 +103,39 @@ async def send(
 
 
 async def search(
-    client: MilvusClient, requests: Sequence[Any], queries_per_request: int, in_flight: int, count: int
+    client: MilvusClient,
+    requests: Sequence[Any],
+    queries_per_request: int,
+    in_flight: int,
+    count: int,
+    parser: MilvusVectorStore | None = None,
 ) -> list[VectorStoreQueryResult]:
-    """Send search requests, and build the nodes of the hits as their answers come in."""
+    """Send search requests, and build the nodes of the hits as their answers come in.
+
+    Args:
+        client: A connected client.
+        requests: What to send.
+        queries_per_request: Queries in each of them.
+        in_flight: Requests without an answer at any time.
+        count: Queries in all.
+        parser: Upstream's store, if its parser is to build the nodes, of what pymilvus makes of an answer; else this
+            is done here, with the least that it takes.
+    """
     results: list[Any] = [None] * count
+    results_of = _results_of if parser is None else functools.partial(_parsed, parser)
 
     def take(number: int, answer: Any) -> None:
-        for offset, result in enumerate(_results_of(answer.results)):
+        for offset, result in enumerate(results_of(answer.results)):
             results[number * queries_per_request + offset] = result
 
     await send(client, "Search", requests, in_flight, take)
     return results
+
+
+def _parsed(parser: MilvusVectorStore, found: Any) -> Iterator[VectorStoreQueryResult]:
+    for hits in SearchResult(found):
+        nodes, similarities, ids = parser._parse_from_milvus_results([hits])
+        yield VectorStoreQueryResult(nodes=nodes, similarities=similarities, ids=ids)
 
 
 def _results_of(found: Any) -> Iterator[VectorStoreQueryResult]:

@@ -1,10 +1,14 @@
-"""What a service does a call at a time: one add, one search, and opening a store; on a server and on Milvus Lite."""
+"""What a service does one at a time: one add, one search, opening a store, the import; on a server and on Lite."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -21,6 +25,7 @@ from llama_index_milvus_async_ext import AsyncMilvusVectorStore
 _STORED_ROWS = 2_000
 _CALLS = 25  # of a block; its figure is their median
 _OPENINGS = 5
+_IMPORTS = 3  # times as many rounds as of the others: it takes a second, and varies by a tenth
 _TARGETS = {"query": 0.9, "aquery": 0.9, "add": 1.05, "async_add": 1.05}
 
 
@@ -34,7 +39,35 @@ async def run(backend: Backend, *, dim: int, rounds: int) -> Outcome:
             await _on(outcome, lite, "Milvus Lite", dim, rounds)
         finally:
             lite.close()
+    imported = await _importing(_IMPORTS * rounds)
+    _note(outcome, "import of the package, in a new process", imported, 1.05)
     return outcome
+
+
+async def _importing(rounds: int) -> dict[str, list[Timing]]:
+    """How long the import takes from bytecode, which pip compiles as it installs a package."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"PYTHONPYCACHEPREFIX": folder}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+
+        def importing(module: str) -> Callable[[], Awaitable[Timing]]:
+            def used() -> float:
+                usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+                return usage.ru_utime + usage.ru_stime
+
+            async def measure() -> Timing:
+                cpu, before = used(), time.perf_counter()
+                subprocess.run([sys.executable, "-c", f"import {module}"], env=environment, check=True)  # noqa: ASYNC221  # alone
+                return Timing(time.perf_counter() - before, used() - cpu)
+
+            return measure
+
+        sides = {
+            "ours": importing("llama_index_milvus_async_ext"),
+            "upstream": importing("llama_index.vector_stores.milvus"),
+        }
+        await alternate(sides, 1)  # which compiles
+        return await alternate(sides, rounds)
 
 
 async def _on(outcome: Outcome, backend: Backend, where: str, dim: int, rounds: int) -> None:

@@ -1,7 +1,7 @@
 """Two things that mkdocs does not do by itself: links out of `docs/`, and diagrams in the colours of the page.
 
-A page links to an example or a chart by its place in the repository (`../examples/quickstart.py`), so that the link works
-where the repository is read. What is linked to is taken along: Markdown and Python as pages, everything else as it is.
+A page links to an example or a chart by its place in the repository (`../examples/quickstart.py`), so that the link
+works where the repository is read. What it leads to is taken along: Markdown and Python as pages, all else as it is.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Not of code: a pair of backticks on the left or a fence around it is left to mkdocs, which knows no such link.
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
 IMAGE = re.compile(r'<img alt="[^"]*" src="([^"]+\.svg)" ?/?>')
 
 
 def place_of(page: str) -> str:
-    """Where a page of the site stands in the repository; its own place if it was taken along."""
-    return posixpath.join("docs", page) if (REPOSITORY / "docs" / page).is_file() else page.removesuffix(".py.md") + (
-        ".py" if page.endswith(".py.md") else ""
-    )
+    """Where a page of the site stands in the repository."""
+    if (REPOSITORY / "docs" / page).is_file():
+        return posixpath.join("docs", page)
+    return page.removesuffix(".md") if page.endswith(".py.md") else page
 
 
 def page_of(place: str) -> str:

@@ -17,7 +17,7 @@ export DOCS QUESTION URI TOKEN MODEL
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench soak mutants clean
+.PHONY: help demo test docs bench soak mutants clean
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is:"
@@ -36,6 +36,10 @@ test: $(VENV)/.test milvus-server ## lint, types and all tests, against Milvus L
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+docs: $(VENV)/.docs ## the documentation as a site, in build/site; fails at a broken link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "Open build/site/index.html"
 
 bench: $(VENV)/.bench milvus-server ## measure against the plain store and against the server's ceiling [BENCH_ARGS=...]
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
@@ -65,6 +69,10 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo pyproject.toml
 	$(PIP) --editable ".[demo,test,benchmarks]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.created pyproject.toml
+	$(PIP) --editable ".[docs]"
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.created pyproject.toml

@@ -55,12 +55,13 @@ def test_it_does_not_grow_while_it_is_not_in_use() -> None:
 
 def test_whoever_asks_for_more_raises_it_unless_it_is_lowered_now() -> None:
     limit = Limit()
-    assert limit.current == 1
+    assert (limit.current, limit.once_allowed(6)) == (1, 6)
     limit.allow(6)
-    assert limit.current == 6
+    assert (limit.current, limit.once_allowed(6), limit.once_allowed(9)) == (6, 6, 9)
     limit.allow(3)
     assert limit.current == 6, "another one wants as much still"
     limit.overloaded(sent_at=1.0, now=2.0)
+    assert limit.once_allowed(9) == 4
     limit.allow(9)
     assert limit.current == 4, "it has to find out first"
     for _ in range(1_000):

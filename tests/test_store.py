@@ -550,6 +550,7 @@ async def test_closing(make_store: Any, make_nodes: MakeNodes) -> None:
 def test_statistics(make_store: Any, make_nodes: MakeNodes) -> None:
     store = make_store()
     before = store.statistics()
+    assert before.limit >= store.max_concurrency, "what may be in flight, though nothing has been"
     store.add(make_nodes(30, dim=DIM))
     after = store.statistics()
     assert after.rows - before.rows == 30

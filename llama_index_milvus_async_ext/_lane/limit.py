@@ -32,10 +32,12 @@ class Limit:
 
     def allow(self, maximum: int) -> None:
         """Let the limit grow to `maximum`, for a caller that asks for more than those before it."""
-        if maximum > self._maximum:
-            if self._current >= self._maximum:
-                self._current = float(maximum)
-            self._maximum = maximum
+        self._current = max(self._current, float(self.once_allowed(maximum)))
+        self._maximum = max(self._maximum, maximum)
+
+    def once_allowed(self, maximum: int) -> int:
+        """What the limit would be after `allow`."""
+        return maximum if maximum > self._maximum and self._current >= self._maximum else self.current
 
     def succeeded(self, in_flight: int, now: float) -> None:
         """Note that the endpoint acknowledged one of `in_flight` requests."""

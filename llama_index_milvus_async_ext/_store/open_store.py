@@ -169,7 +169,7 @@ class OpenStore(MilvusVectorStore):
     async def aopen(cls, *args: Any, **kwargs: Any) -> Self:
         """Open a store without blocking the event loop; the arguments are the constructor's.
 
-        store = await AsyncMilvusVectorStore.aopen(uri="http://localhost:19530", dim=384)
+            store = await AsyncMilvusVectorStore.aopen(uri="http://localhost:19530", dim=384)
         """
         return await asyncio.to_thread(warmed_up, cls, *args, **kwargs)
 
@@ -260,7 +260,7 @@ class OpenStore(MilvusVectorStore):
 
     def statistics(self) -> StoreStatistics:
         """What has gone to the endpoint so far, and what is on its way."""
-        return StoreStatistics.of(self.live().endpoint.shell.core)
+        return StoreStatistics.of(self.live().endpoint.shell.core, self.max_concurrency)
 
     # --- copies
 

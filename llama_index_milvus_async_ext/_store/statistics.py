@@ -32,8 +32,8 @@ class StoreStatistics:
     limit: int
 
     @classmethod
-    def of(cls, core: Core) -> StoreStatistics:
-        """The numbers of a core now; from any thread, at any time."""
+    def of(cls, core: Core, max_concurrency: int) -> StoreStatistics:
+        """The numbers of a core now, for a store with this bound; from any thread, at any time."""
         counts = core.counts
         return cls(
             requests=counts["requests"],
@@ -42,5 +42,5 @@ class StoreStatistics:
             retries=counts["retries"],
             in_flight=core.in_flight,
             waiting=core.waiting,
-            limit=core.limit.current,
+            limit=core.limit.once_allowed(max_concurrency),  # before its first request, the store counts as well
         )

@@ -170,6 +170,9 @@ class OpenStore(MilvusVectorStore):
         """Open a store without blocking the event loop; the arguments are the constructor's.
 
             store = await AsyncMilvusVectorStore.aopen(uri="http://localhost:19530", dim=384)
+
+        Raises:
+            ConnectError, ValueError: As the constructor.
         """
         return await asyncio.to_thread(warmed_up, cls, *args, **kwargs)
 

@@ -13,7 +13,7 @@ from contextvars import Token
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_index_instrumentation import get_dispatcher
-from llama_index_instrumentation.dispatcher import active_instrument_tags
+from llama_index_instrumentation.dispatcher import Dispatcher, active_instrument_tags
 from llama_index_instrumentation.event_handlers import NullEventHandler
 from llama_index_instrumentation.events.span import SpanDropEvent
 from llama_index_instrumentation.span import active_span_id
@@ -37,10 +37,19 @@ dispatcher = get_dispatcher(__name__)
 _NO_PARAMETERS = inspect.Signature()
 
 
+def _with_parents(first: Dispatcher) -> tuple[Dispatcher, ...]:
+    chain = [first]
+    while chain[-1].name != chain[-1].root_name:
+        chain.append(chain[-1].parent)
+    return tuple(chain)
+
+
+_chain = _with_parents(dispatcher)  # which never changes: to walk it at each call takes twice as long
+
+
 def is_listened_to() -> bool:
     """Whether a span or an event would reach a handler; to make one takes longer than to find that out."""
-    current = dispatcher
-    while True:
+    for current in _chain:
         for events in current.event_handlers:
             if type(events) is not NullEventHandler:
                 return True
@@ -48,8 +57,8 @@ def is_listened_to() -> bool:
             if type(spans) is not NullSpanHandler:
                 return True
         if not current.propagate:
-            return False
-        current = current.parent
+            break
+    return False
 
 
 async def traced_call(

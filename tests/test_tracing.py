@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import inspect
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import TextNode
+from llama_index.core.schema import Document, TextNode
 from llama_index.core.vector_stores.types import VectorStoreQuery
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.event_handlers import BaseEventHandler
@@ -21,7 +23,13 @@ from llama_index_instrumentation.span import SimpleSpan, active_span_id
 from llama_index_instrumentation.span_handlers import SimpleSpanHandler
 from pymilvus import MilvusClient, MilvusException
 
-from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy
+from llama_index_milvus_async_ext import (
+    AsyncMilvusRetriever,
+    AsyncMilvusVectorStore,
+    AsyncMilvusWriter,
+    RetryPolicy,
+    aingest,
+)
 from llama_index_milvus_async_ext._lane import carrier
 from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._store import tracing
@@ -35,8 +43,10 @@ from tests.conftest import MakeNodes
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
 from tests.faults import Held, MilvusError, Nth, Refuse, collection_not_found, rate_limit
+from tests.test_readme import assert_promised_was_printed, snippets
 from tests.waiting import until
 
+GUIDE = (Path(__file__).resolve().parent.parent / "docs" / "guides" / "tracing.md").read_text(encoding="utf-8")
 DIM = 8
 WRITES = ("Insert", "Upsert")
 SEARCHES = ("Search",)
@@ -202,6 +212,14 @@ def test_a_pipelines_trace_shows_the_writers_batches(store: AsyncMilvusVectorSto
     assert sum(event.own_rows for event in events) == 5
     writer = "AsyncMilvusWriter.acall" if awaits else "AsyncMilvusWriter.__call__"
     assert all(trace.path(event.span_id)[-2:] == [writer, "Milvus.write_request"] for event in events)
+
+
+async def test_an_ingestions_trace_shows_its_batches(store: AsyncMilvusVectorStore, trace: Trace) -> None:
+    pipeline = IngestionPipeline(transformations=[HashEmbedding(dim=DIM)], vector_store=store)
+    await aingest(pipeline, [Document(id_=f"traced-{number}", text=f"part {number}") for number in range(5)])
+    events = trace.events(MilvusWriteBatchEvent)
+    assert sum(event.own_rows for event in events) == 5
+    assert {tuple(trace.path(event.span_id)) for event in events} == {("aingest", "Milvus.write_request")}
 
 
 async def test_other_calls_have_spans_too(store: AsyncMilvusVectorStore, trace: Trace) -> None:
@@ -377,3 +395,20 @@ async def test_opentelemetry_exports_the_whole_trace_and_no_secret(
     ours = [span for span in spans if span.name.startswith(("Milvus.", "AsyncMilvusVectorStore."))]
     assert "sesame" not in str([span.to_json() for span in spans])
     assert "diary" not in str([span.to_json() for span in ours])
+
+
+# --- the guide
+
+
+async def test_the_guides_snippets_run_and_print_what_they_promise(
+    tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for snippet in snippets(GUIDE):
+        code = snippet.compiled()
+        if not snippet.reason_not_to_run:
+            waiting = eval(code, namespace)
+            if inspect.iscoroutine(waiting):
+                await waiting
+            assert_promised_was_printed(snippet, capsys.readouterr().out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import inspect
 import uuid
 from collections.abc import Iterator
@@ -357,18 +356,14 @@ def test_one_handler_of_either_sort_is_enough(of: str, name: str) -> None:
 # --- OpenTelemetry
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("llama_index.observability") is None,
-    reason="llama-index-observability-otel is not installed",
-)
 async def test_opentelemetry_exports_the_whole_trace_and_no_secret(
     proxy: FaultProxy, store: AsyncMilvusVectorStore, trace: Trace, make_nodes: MakeNodes
 ) -> None:
-    from llama_index.observability.otel import LlamaIndexOpenTelemetry
+    otel = pytest.importorskip("llama_index.observability.otel", exc_type=ImportError)
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     exporter = InMemorySpanExporter()
-    LlamaIndexOpenTelemetry(span_exporter=exporter, span_processor="simple").start_registering()  # `trace` ends it
+    otel.LlamaIndexOpenTelemetry(span_exporter=exporter, span_processor="simple").start_registering()  # `trace` ends it
     proxy.script(Refuse(), method=SEARCHES, on=Nth(1))
     engine = engine_of(store)
     await asyncio.gather(*(engine.aquery(f"What is text {number}?") for number in range(8)))

@@ -14,7 +14,9 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent
 from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.dispatcher import active_instrument_tags, instrument_tags
 from llama_index_instrumentation.event_handlers import BaseEventHandler
+from llama_index_instrumentation.span import active_span_id
 
 from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore
 from llama_index_milvus_async_ext._queries import questions
@@ -113,6 +115,25 @@ async def test_each_caller_is_told_of_its_own_question(model: Batches) -> None:
         dispatcher.event_handlers.remove(handler)
     assert sorted(chunks for chunks, _ in told) == [["mine"], ["yours"]]
     assert all(embeddings == [model.vector(chunks[0])] for chunks, embeddings in told)
+
+
+async def test_what_the_model_tells_of_questions_of_many_carries_no_single_callers_tags(model: Batches) -> None:
+    seen: list[tuple[Any, Any]] = []
+
+    def together(texts: list[str]) -> list[list[float]]:
+        seen.append((dict(active_instrument_tags.get()), active_span_id.get()))
+        return model.together(texts)
+
+    @get_dispatcher(__name__).span
+    async def ask_as(caller: str) -> None:
+        with instrument_tags({"caller": caller}):
+            await questions.embedded(model, [caller], together)
+            assert active_instrument_tags.get() == {"caller": caller}
+
+    model._may_go.set()
+    await asyncio.gather(ask_as("first"), ask_as("second"))
+    assert seen == [({}, None)]
+    assert model.batch_sizes == [2]
 
 
 @pytest.fixture(scope="module")

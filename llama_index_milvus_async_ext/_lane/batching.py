@@ -45,6 +45,8 @@ def fill(lane: Lane[Any, Any], budget: int, refuse: Callable[[Item[Any], Excepti
             return False
         submission = ring[0]
         ready = submission.ready
+        if submission.trips is not None:
+            flight.watched = True
         while ready and flight.quota and budget > 0 and len(group) < flight.most:
             item = ready.popleft()
             if item.settled:

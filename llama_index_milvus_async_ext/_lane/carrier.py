@@ -13,6 +13,7 @@ from llama_index_milvus_async_ext._lane.items import DeadlinePassedError, Item, 
 from llama_index_milvus_async_ext._lane.lanes import Flight, Lane
 from llama_index_milvus_async_ext._lane.ledger import Ledger
 from llama_index_milvus_async_ext._lane.limit import Limit
+from llama_index_milvus_async_ext._lane.trips import note_end
 from llama_index_milvus_async_ext._lane.turns import Turns
 from llama_index_milvus_async_ext.retry import Attempts, Verdict
 
@@ -94,6 +95,8 @@ class Carrier:
             return
         for item in set(flight.group).difference(alive):
             self._turns.give_to_next_of_key(item)
+        if flight.watched:
+            note_end(flight)
         flight.groups += [alive[middle:], alive[:middle]]
         flight.group = []
         self.next_group(flight)
@@ -122,9 +125,12 @@ class Carrier:
         flight.idle_seconds += pause
         self._air.pause(flight, now + pause)
         self.counts["retries"] += 1
+        retry = Retry(error, flight.attempts, pause)
         for submission in {item.submission for item in alive}:
             submission.retries += 1
-        self.retries.append(Retry(error, flight.attempts, pause))
+            if submission.trips is not None:
+                submission.trips.append(retry)
+        self.retries.append(retry)
         return True
 
     def deadline_at(self, flight: Flight[Any]) -> float:
@@ -164,6 +170,8 @@ class Carrier:
 
     def next_group(self, flight: Flight[Any]) -> None:
         """The group's requests have ended: let the next of its keys go, and send what else the flight has."""
+        if flight.watched:
+            note_end(flight)
         group, flight.group = flight.group, []
         for item in group:
             self._turns.give_to_next_of_key(item)
@@ -187,10 +195,11 @@ class Carrier:
     ) -> None:
         """Note how a request ended: with one result for each of its payloads, or with an error."""
         in_flight = len(self._air.holding)
-        flight.error = error
         sent, flight.sent = flight.sent, []
+        flight.ended_at, flight.carried = now, len(sent)
         if error is None and (results is None or len(results) != len(sent)):
             error = UnexpectedAnswerError(f"{len(sent)} items were sent, but {len(results or ())} results came back")
+        flight.error = error
         if error is None:
             self._limit.succeeded(in_flight, now)
             for item, result in zip(sent, results or (), strict=True):

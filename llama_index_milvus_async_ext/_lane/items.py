@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
+    from llama_index_milvus_async_ext._lane.effects import Retry
     from llama_index_milvus_async_ext._lane.lanes import Flight, Lane
+    from llama_index_milvus_async_ext._lane.trips import Trip
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -66,6 +68,7 @@ class Submission(Generic[R]):
         "results",
         "retries",
         "submitted_at",
+        "trips",
         "values",
     )
 
@@ -95,6 +98,7 @@ class Submission(Generic[R]):
         self.rest: Failure | None = None  # of the values that never became items, from `entered` on
         self.remaining = len(values)
         self.retries = 0
+        self.trips: list[Trip | Retry] | None = None  # what became of its batches, if somebody wants to know
         self.given_up = False
         self.in_ring = False
 

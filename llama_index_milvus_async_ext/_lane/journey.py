@@ -19,12 +19,16 @@ class Request(NamedTuple):
         lane: The lane, or what finds it in the I/O thread.
         values: The values.
         keys: One key per value, or None if no two are ever related.
+        kind: What it does, for traces.
+        watched: Whether the submission is to learn what became of its batches: see its `trips`.
     """
 
     shell: Shell
     lane: Lane[Any, Any] | Callable[[], Lane[Any, Any]]
     values: Sequence[Any]
     keys: Sequence[Hashable] | None = None
+    kind: str = "call"
+    watched: bool = False
 
 
 class Journey:
@@ -55,9 +59,12 @@ class Journey:
         if self._is_cancelled:
             return
         try:
-            for (shell, lane, values, keys), own_keys in zip(self._requests, self._own_keys, strict=True):
+            for (shell, lane, values, keys, _, watched), own_keys in zip(self._requests, self._own_keys, strict=True):
                 found = lane if isinstance(lane, Lane) else lane()
-                self.submissions.append(shell.submit(found, values, keys, own_keys, self._done))
+                submission = shell.submit(found, values, keys, own_keys, self._done)
+                if watched:  # before any of it is sent: that is done in the next turn of the loop
+                    submission.trips = []
+                self.submissions.append(submission)
         except Exception as error:
             self.error = error
             self._missing -= len(self._requests) - len(self.submissions)

@@ -21,6 +21,9 @@ class Flight(Generic[T]):
     Attributes:
         group: The items of the request under way: the whole batch at first, then halves of one that was refused.
         groups: Groups that are still to be sent, the next one last.
+        carried: How many items were in its last request.
+        ended_at: When that one ended.
+        watched: Whether a submission in it wants to know what becomes of its batches.
         sent: Those of the group that the request carries which is out; empty if none is.
         refusals_left: Refused requests that halving may still cost.
         error: Why the group was sent again.
@@ -28,7 +31,9 @@ class Flight(Generic[T]):
 
     __slots__ = (
         "attempts",
+        "carried",
         "counted",
+        "ended_at",
         "error",
         "group",
         "groups",
@@ -44,6 +49,7 @@ class Flight(Generic[T]):
         "started_at",
         "unsettled",
         "waits_since",
+        "watched",
     )
 
     def __init__(self, lane: Lane[T, Any], most: int, share: int) -> None:
@@ -57,6 +63,9 @@ class Flight(Generic[T]):
         self.sent: list[Item[T]] = []
         self.sent_at = 0.0
         self.waits_since = 0.0
+        self.ended_at = 0.0
+        self.carried = 0
+        self.watched = False
         self.unsettled = 0
         self.refusals_left = 0
         self.begin_group()

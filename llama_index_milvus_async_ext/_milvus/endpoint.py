@@ -190,7 +190,7 @@ class Endpoint:
                 self._search_lanes.clear()
             if len(group.expression) <= _LONGEST_REMEMBERED:
                 self._search_lanes[group, limits] = find
-        return Request(self.shell, find, queries)
+        return Request(self.shell, find, queries, None, "search_request")
 
     def _search_lane(self, group: SearchGroup, ranker: Any, limits: Limits) -> Callable[[], Lane[Any, Found]]:
         """What finds, or makes, the lane of a group's searches."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import inspect
 import weakref
@@ -89,7 +90,8 @@ class _Questions:
         answer: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
         self._waiting.append((question, answer))
         if self._task is None:  # with a question that waits: an eager task works at once
-            self._task = asyncio.create_task(self._work())
+            # In a context of its own: what the model tells of many callers' questions is in no single one's trace.
+            self._task = contextvars.Context().run(asyncio.create_task, self._work())
             self._task.add_done_callback(self._end)
         return await answer
 

@@ -29,6 +29,7 @@ from llama_index_milvus_async_ext._milvus.search_request import warmed_up
 from llama_index_milvus_async_ext._milvus.session import Connected, close_with
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from llama_index_milvus_async_ext._nodes.rows import RowEncoder
+from llama_index_milvus_async_ext._store import tracing
 from llama_index_milvus_async_ext._store.existing import construct, existing, make_beside_others, needs_nothing
 from llama_index_milvus_async_ext._store.opening import arguments_of, check_hooks, fitted
 from llama_index_milvus_async_ext._store.statistics import StoreStatistics
@@ -293,6 +294,8 @@ class OpenStore(MilvusVectorStore):
         connected = self.live()
         connected.begin(port)
         try:
+            if tracing.is_listened_to():
+                return await tracing.traced_call(function, self, connected, port, *arguments)
             return await function(self, connected, port, *arguments)
         finally:
             connected.end(port)

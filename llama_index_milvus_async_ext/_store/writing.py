@@ -8,9 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.schema import BaseNode
-from llama_index_instrumentation import get_dispatcher
-from llama_index_instrumentation.dispatcher import Dispatcher
-from llama_index_instrumentation.event_handlers import NullEventHandler
 from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext._lane.items import CancelledCallError, Failure, Submission
@@ -20,15 +17,13 @@ from llama_index_milvus_async_ext._milvus.errors import SchemaChangedError, Sche
 from llama_index_milvus_async_ext._milvus.schema import Schema
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes import sparse
-from llama_index_milvus_async_ext._store import calls
+from llama_index_milvus_async_ext._store import calls, tracing
 from llama_index_milvus_async_ext.events import MilvusWriteEvent
 from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 from llama_index_milvus_async_ext.retry import Verdict
 
 if TYPE_CHECKING:
     from llama_index_milvus_async_ext._store.open_store import OpenStore
-
-dispatcher = get_dispatcher(__name__)
 
 
 class Write:
@@ -61,7 +56,7 @@ class Write:
         self._started = time.perf_counter()
         self._store = store
         self._connected = connected
-        self._port = port
+        self._port = tracing.traced(port, store.collection_name)
         self._nodes = list(nodes)
         self._keys = [node.node_id for node in self._nodes]
         self._partition = partition
@@ -121,7 +116,7 @@ class Write:
             values, keys = [values[place] for place in self._places], [keys[place] for place in self._places]
         self._open_places = self._places if self._places is not None else range(len(self._nodes))
         self._has_outcomes = True
-        return Request(endpoint.shell, lane, values, keys)
+        return Request(endpoint.shell, lane, values, keys, "write_request")
 
     def _record(self, submission: Submission[Any]) -> None:
         """Take the outcomes of what was submitted."""
@@ -207,8 +202,8 @@ class Write:
         return report
 
     def _tell(self, report: WriteReport) -> None:
-        if _is_anyone_listening():
-            dispatcher.event(
+        if tracing.is_listened_to():
+            tracing.dispatcher.event(
                 MilvusWriteEvent(
                     collection_name=self._store.collection_name,
                     written=len(report.written),
@@ -242,13 +237,3 @@ def _is_refused(failure: Failure) -> bool:
     if isinstance(error, (SchemaMismatchError, SchemaChangedError)):
         return True
     return isinstance(error, MilvusException) and classify(error) is Verdict.BAD_DATA
-
-
-def _is_anyone_listening() -> bool:
-    """Whether an event would reach a handler; to make one takes longer than to find that out."""
-    current: Dispatcher | None = dispatcher
-    while current is not None:
-        if any(type(handler) is not NullEventHandler for handler in current.event_handlers):
-            return True
-        current = current.parent if current.propagate else None
-    return False

@@ -109,6 +109,7 @@ def after_expression(matching: str, key: PrimaryKey, last: Any) -> str:
 
         after_expression('colour == "red"', PrimaryKey(), "a")  # (colour == "red" and id > "a")
 
+    What they match can be joined by `and` as it stands, as all expressions that are made here.
     Milvus and Milvus Lite order texts by code point, as Python does.
 
     Raises:

@@ -33,7 +33,7 @@ class Cursor:
     longer: it gives what its segments have up to where the first of them would have to be asked again.
 
     Args:
-        matching: The expression that the rows match; "" for all.
+        matching: The expression that the rows match, which can be joined by `and` as it stands; "" for all.
         rows: Rows to ask for at once.
     """
 

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from llama_index_milvus_async_ext._store.open_store import OpenStore
 
 
+# 100,000 rows of 384 dimensions and 800 characters: 14 s in pages of 1,000 on a server, 21 s in pages of 5,000. Lite reads
+# and sorts the whole collection for each page: 20,000 such rows took it 33 s in pages of 1,000, 11 s in pages of 5,000.
+ROWS_ON_SERVER, ROWS_ON_LITE = 1_000, 5_000
+
+
 class Iteration:
     """One way through the nodes: as far as it has come, and nothing else.
 
@@ -31,7 +36,7 @@ class Iteration:
 
     Args:
         filters: What the nodes match; None for all.
-        batch_size: Rows to look up at once.
+        batch_size: Rows to look up at once; None for as many as suit the back end.
         embeddings: Whether the nodes get their embeddings.
         options: `milvus_partition_names`.
 
@@ -40,13 +45,12 @@ class Iteration:
     """
 
     def __init__(
-        self, filters: MetadataFilters | None, batch_size: int, embeddings: bool, options: dict[str, Any]
+        self, filters: MetadataFilters | None, batch_size: int | None, embeddings: bool, options: dict[str, Any]
     ) -> None:
-        rows = index(batch_size)
-        if not 0 < rows <= MOST_ROWS:
+        if batch_size is not None and not 0 < index(batch_size) <= MOST_ROWS:
             raise QueryError(f"batch_size must be between 1 and {MOST_ROWS}, got {batch_size}")
         self._filters = filters
-        self._rows = rows
+        self._batch_size = batch_size
         self._embeddings = embeddings
         self._partitions = options.get("milvus_partition_names")
         self._cursor: Cursor | None = None
@@ -65,7 +69,9 @@ class Iteration:
     async def _page(self, store: OpenStore, connected: Connected, port: Port) -> Iterator[BaseNode] | None:
         """The nodes of the next page, each built when it is asked for; None after the last page."""
         if self._cursor is None:
-            self._cursor = Cursor(filter_expression(self._filters, is_lite=connected.endpoint.is_lite), self._rows)
+            is_lite = connected.endpoint.is_lite
+            rows_at_once = self._batch_size or (ROWS_ON_LITE if is_lite else ROWS_ON_SERVER)
+            self._cursor = Cursor(filter_expression(self._filters, is_lite=is_lite), rows_at_once)
         schema = await calls.schema(store, connected, port)
         fields = None if self._embeddings else list(node_fields(store, schema))
         found = await rows(store, connected, port, self._cursor, self._partitions, fields)

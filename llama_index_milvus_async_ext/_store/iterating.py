@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from llama_index_milvus_async_ext._store.open_store import OpenStore
 
 
-# 100,000 rows of 384 dimensions and 800 characters: 14 s in pages of 1,000 on a server, 21 s in pages of 5,000. Lite reads
-# and sorts the whole collection for each page: 20,000 such rows took it 33 s in pages of 1,000, 11 s in pages of 5,000.
+# 100,000 rows of 384 dimensions and 800 characters took a server 14 s in pages of 1,000, and 21 s in pages of 5,000.
+# Milvus Lite reads and sorts the whole collection for each page: 20,000 such rows took it 33 s, and 11 s.
 ROWS_ON_SERVER, ROWS_ON_LITE = 1_000, 5_000
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 import uvicorn
 from fastapi import FastAPI
 from llama_index.core.bridge.pydantic import PrivateAttr
@@ -225,6 +226,7 @@ async def ready(client: httpx.AsyncClient) -> None:
     raise AssertionError("it does not answer")
 
 
+@pytest.mark.slow
 async def test_a_terminated_service_answers_first_lets_go_of_its_file_and_starts_again(tmp_path: Path) -> None:
     uri, errors, (port, other) = tmp_path / "service.db", tmp_path / "errors", free_ports(2)
     with service_process(uri, port, errors, seconds_per_text=0.5) as first:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any
 
 from llama_index.core.schema import BaseNode
@@ -11,6 +11,7 @@ from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQue
 from llama_index_milvus_async_ext._lane.port import LoopPort, run
 from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
 from llama_index_milvus_async_ext._store import calls, lookups
+from llama_index_milvus_async_ext._store.iterating import Iteration
 from llama_index_milvus_async_ext._store.open_store import OpenStore
 from llama_index_milvus_async_ext._store.searching import search
 from llama_index_milvus_async_ext._store.writing import write
@@ -204,6 +205,49 @@ class AsyncMilvusVectorStore(OpenStore):
     ) -> list[BaseNode]:
         """As `aget_nodes`, blocking."""
         return run(self.in_call(ThreadPort(), lookups.get_nodes, node_ids, filters, kwargs))
+
+    def aiter_nodes(
+        self,
+        filters: MetadataFilters | None = None,
+        *,
+        batch_size: int | None = None,
+        embeddings: bool = True,
+        **kwargs: Any,
+    ) -> AsyncGenerator[BaseNode, None]:
+        """All nodes, or those that match, one after the other in the order of their ids; for any number of them.
+
+            async for node in store.aiter_nodes():
+                ...
+
+        A page of rows is in memory at a time. A node that is there all along comes exactly once, whatever is written
+        and deleted meanwhile; one that is written or deleted meanwhile may come or not. Between the pages nothing is
+        held: to give up, leave the loop.
+
+        Args:
+            filters: Metadata filters.
+            batch_size: Rows to look up at once, up to 16,384; by default 1,000, and 5,000 on Milvus Lite, which reads
+                the whole collection for each page. One too large for one answer is halved; a server may give a few
+                times as many.
+            embeddings: Whether the nodes get their embeddings; without them less is sent.
+            **kwargs: `milvus_partition_names` (list[str]), the partitions to look in.
+
+        Raises:
+            ValueError: An argument is wrong, or a row holds neither a node nor a text.
+            MilvusException: Milvus could not be reached until the deadline.
+            RuntimeError: The store was closed meanwhile.
+        """
+        return Iteration(filters, batch_size, embeddings, kwargs).anodes(self)
+
+    def iter_nodes(
+        self,
+        filters: MetadataFilters | None = None,
+        *,
+        batch_size: int | None = None,
+        embeddings: bool = True,
+        **kwargs: Any,
+    ) -> Generator[BaseNode, None, None]:
+        """As `aiter_nodes`, blocking."""
+        return Iteration(filters, batch_size, embeddings, kwargs).nodes(self)
 
     async def aclear(self) -> None:
         """Drop the collection, as upstream does; make a new store to write to it again."""

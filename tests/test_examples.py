@@ -85,7 +85,7 @@ def run(
 
 def test_every_example_is_run_and_listed() -> None:
     scripts = {path.name for path in EXAMPLES.glob("*.py")}
-    assert scripts == {*PROMISED, "demo.py", "ray_ingest.py"}
+    assert scripts == {*PROMISED, "demo.py", "fastapi_service.py", "ray_ingest.py"}
     listed = set(re.findall(r"\]\(([\w.]+)\)", (EXAMPLES / "README.md").read_text(encoding="utf-8")))
     assert listed == scripts | {path.name for path in EXAMPLES.glob("*.ipynb")}
 

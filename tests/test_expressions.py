@@ -15,6 +15,7 @@ from pymilvus import DataType
 from llama_index_milvus_async_ext._milvus.errors import QueryError, QueryMismatchError
 from llama_index_milvus_async_ext._milvus.schema import PrimaryKey
 from llama_index_milvus_async_ext._queries.filters import (
+    after_expression,
     filter_expression,
     ids_expression,
     keys_expression,
@@ -217,3 +218,13 @@ def test_what_is_long_is_shown_in_part() -> None:
             ids_expression("id", "x" * length)
         assert str(refused.value).endswith(f"not the string {shown}")
     assert string_literal("x" * 100) == '"' + "x" * 100 + '"'
+
+
+def test_what_comes_after_a_key_stands_beside_what_else_is_asked_for() -> None:
+    number = PrimaryKey("pk", DataType.INT64)
+    assert after_expression("", number, 7) == "pk > 7"
+    assert after_expression("(a == 1 or b == 2)", PrimaryKey(), 'say "x"') == (
+        '((a == 1 or b == 2) and id > "say \\"x\\"")'
+    )
+    with pytest.raises(QueryMismatchError, match="'a' is no id: 'pk' of this collection is a whole number"):
+        after_expression("", number, "a")

@@ -70,6 +70,7 @@ from tests.faults import First, MilvusError, Refuse
         (StatusFailure(6, "what Lite can't read", 6), Verdict.BAD_DATA),
         (StatusFailure(1100, "bad"), Verdict.BAD_DATA),
         (StatusFailure(65535, "bad"), Verdict.BAD_DATA),
+        (StatusFailure(65535, "worker(1) query failed: query results exceed the limit size "), Verdict.TOO_LARGE),
         (MilvusException(message="wait for loading collection timeout"), Verdict.AMBIGUOUS),
         (ClosedConnectionError(), Verdict.PERMANENT),
         (ClosedConnectionError(sent=True), Verdict.UNEXPECTED),

@@ -218,8 +218,10 @@ class Connection:
             found = Answer(answer.results, group.output_fields)
         return [Found(found, place) for place in range(len(queries))]
 
-    async def look_up(self, collection: str, expression: str, wanted: Wanted, timeout: float) -> LookedUp:
-        """What matches, strongly consistent.
+    async def look_up(
+        self, collection: str, expression: str, wanted: Wanted, timeout: float, options: dict[str, Any]
+    ) -> LookedUp:
+        """What matches, strongly consistent; the options are pymilvus's, such as `limit`.
 
         Raises:
             MilvusException: Milvus rejected the request.
@@ -227,7 +229,7 @@ class Connection:
         """
         send = self._searcher("Query")
         if send is not None:
-            answer = await self._call(send, query_request(collection, expression, wanted), timeout)
+            answer = await self._call(send, query_request(collection, expression, wanted, options), timeout)
             self._check(answer.status)
             if is_readable(answer, wanted):
                 return LookedUp(answer, wanted)
@@ -239,6 +241,7 @@ class Connection:
             timeout=timeout,
             retry_on_rate_limit=False,
             consistency_level="Strong",
+            **options,
         )
         return LookedUp(list(found), wanted)
 

@@ -172,6 +172,9 @@ _BY_GRPC_STATUS = {
 # its reason begins with the text of Python's OSError. The first beginning that fits counts.
 _LITE_REASONS = (("[Errno 28]", Verdict.FULL), ("[Errno ", Verdict.AMBIGUOUS))
 
+# A server has no code for an answer that is over its own limit (100 MB of rows): it comes with that of bad data.
+_TOO_MANY_ROWS = "query results exceed the"
+
 
 def classify(error: BaseException) -> Verdict:
     """Tell what an error means, by its type and code."""
@@ -192,7 +195,7 @@ def classify(error: BaseException) -> Verdict:
         verdict = _by_code(error)
         if verdict in (Verdict.BAD_DATA, Verdict.PERMANENT) and getattr(error, "may_be_retried", False):
             return Verdict.AMBIGUOUS
-        return verdict
+        return Verdict.TOO_LARGE if verdict is Verdict.BAD_DATA and _TOO_MANY_ROWS in error.message else verdict
     if isinstance(error, grpc.RpcError):
         return classify(RpcFailure.from_grpc(error))
     if isinstance(error, (ValueError, TypeError, KeyError, ArithmeticError, struct.error)):

@@ -45,8 +45,8 @@ class LookedUp:
         return [*values, dynamic_values(columns[None], self._wanted.dynamic)]
 
 
-def query_request(collection: str, expression: str, wanted: Wanted) -> Any:
-    """Build a QueryRequest, strongly consistent."""
+def query_request(collection: str, expression: str, wanted: Wanted, options: dict[str, Any]) -> Any:
+    """Build a QueryRequest, strongly consistent; the options are pymilvus's, such as `limit`."""
     return Prepare.query_request(
         collection,
         expression,
@@ -55,6 +55,7 @@ def query_request(collection: str, expression: str, wanted: Wanted) -> Any:
         use_default_consistency=False,
         consistency_level=common_pb2.ConsistencyLevel.Strong,
         guarantee_timestamp=0,  # Milvus takes the time at which the request arrives
+        **options,
     )
 
 

@@ -104,6 +104,20 @@ def keys_expression(key: PrimaryKey, ids: Sequence[Any]) -> str:
     return f"{_key_expression(key.name)} in [{', '.join(_key_literal(key, each) for each in ids)}]"
 
 
+def after_expression(matching: str, key: PrimaryKey, last: Any) -> str:
+    """Match the rows that match something, or any, and come after another one in the order of the primary key.
+
+        after_expression('colour == "red"', PrimaryKey(), "a")  # (colour == "red" and id > "a")
+
+    What they match can be joined by `and` as it stands, as all expressions that are made here.
+    Milvus and Milvus Lite order texts by code point, as Python does.
+
+    Raises:
+        QueryMismatchError: `last` can't be one of this key.
+    """
+    return _joined("and", [matching, f"{_key_expression(key.name)} > {_key_literal(key, last)}"])
+
+
 def filter_expression(filters: MetadataFilters | None, scalar_filters: Any = None, *, is_lite: bool = False) -> str:
     """Translate metadata filters; "" where they restrict nothing.
 

@@ -141,7 +141,14 @@ def _output_fields(store: MilvusVectorStore, schema: Schema, query: VectorStoreQ
         chosen = store.output_fields
     if chosen is not None:
         return tuple(chosen) if store.text_key in chosen else (*chosen, store.text_key)
-    # Upstream asks for everything. Nodes are built from three fields only; the vector alone would be half the answer.
+    return node_fields(store, schema)
+
+
+def node_fields(store: MilvusVectorStore, schema: Schema) -> tuple[str, ...]:
+    """What nodes without embeddings are built from: three fields; upstream asks for everything.
+
+    The vector alone would be half the answer.
+    """
     if schema.dynamic:
         return (store.text_key, *NODE_FIELDS)
     return tuple(f["name"] for f in schema.described["fields"] if f["type"] not in _VECTOR_TYPES)

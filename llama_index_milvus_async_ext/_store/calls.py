@@ -133,39 +133,12 @@ def query(
     return run
 
 
-def look_up(collection: str, expression: str, wanted: Wanted) -> Call[LookedUp]:
-    """Look up what matches, as it is now, in the quickest way."""
+def look_up(collection: str, expression: str, wanted: Wanted, **options: Any) -> Call[LookedUp]:
+    """Look up what matches, as it is now, in the quickest way. The options are pymilvus's, such as `limit`."""
 
     async def run(endpoint: Endpoint, timeout: float) -> LookedUp:
         with endpoint.reloading(collection):
-            return await endpoint.connection.look_up(collection, expression, wanted, timeout)
-
-    return run
-
-
-def pages(
-    collection: str, expression: str, fields: Sequence[str], rows_per_page: int, **options: Any
-) -> Call[list[dict[str, Any]]]:
-    """Look up what matches, page by page: each time that it is made, the call gives the next page, and at last none."""
-    iterators: list[Any] = []
-
-    async def run(endpoint: Endpoint, timeout: float) -> list[dict[str, Any]]:
-        with endpoint.reloading(collection):
-            if not iterators:
-                iterator = await endpoint.connection.in_thread(
-                    endpoint.connection.client.query_iterator,
-                    collection_name=collection,
-                    batch_size=rows_per_page,
-                    filter=expression,
-                    output_fields=list(fields),
-                    timeout=timeout,
-                    **options,
-                )
-                iterators.append(iterator)
-            found = await endpoint.connection.in_thread(iterators[0].next)
-        if not found:
-            await endpoint.connection.in_thread(iterators[0].close)
-        return list(found)
+            return await endpoint.connection.look_up(collection, expression, wanted, timeout, options)
 
     return run
 

@@ -9,14 +9,19 @@ from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import MetadataFilters
 
 from llama_index_milvus_async_ext._lane.port import Port
-from llama_index_milvus_async_ext._milvus.errors import QueryError, QueryMismatchError
+from llama_index_milvus_async_ext._milvus.errors import QueryError, QueryMismatchError, classify
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes.stored import stored_node
 from llama_index_milvus_async_ext._queries.filters import filter_expression, ids_expression, keys_expression
 from llama_index_milvus_async_ext._store import calls
+from llama_index_milvus_async_ext._store.iterating import rows
+from llama_index_milvus_async_ext._store.paging import Cursor
+from llama_index_milvus_async_ext.retry import Verdict
 
 if TYPE_CHECKING:
     from llama_index_milvus_async_ext._store.open_store import OpenStore
+
+_ROWS_PER_PAGE = 5_000
 
 
 async def delete_documents(
@@ -60,10 +65,25 @@ async def get_nodes(
     expressions, key_name = await _expressions(store, connected, port, node_ids, filters)
     nodes: list[BaseNode] = []
     for expression in expressions:
-        look_up = calls.query(store.collection_name, expression, options.get("milvus_partition_names"))
-        items = await calls.call(store, connected, port, look_up)
-        nodes += [stored_node(store, item, key_name) for item in items]
+        nodes += [stored_node(store, row, key_name) for row in await _rows(store, connected, port, expression, options)]
     return nodes
+
+
+async def _rows(
+    store: OpenStore, connected: Connected, port: Port, expression: str, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """All rows that match: at once, or page by page where that is too much for one answer."""
+    partitions = options.get("milvus_partition_names")
+    try:
+        return await calls.call(store, connected, port, calls.query(store.collection_name, expression, partitions))
+    except Exception as error:
+        if classify(error) is not Verdict.TOO_LARGE:
+            raise
+    found: list[dict[str, Any]] = []
+    cursor = Cursor(expression, _ROWS_PER_PAGE)
+    while page := await rows(store, connected, port, cursor, partitions):
+        found += page
+    return found
 
 
 async def _delete(

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama_index_milvus_async_ext._flow.stages import in_full
 from llama_index_milvus_async_ext._lane.port import Port
+from llama_index_milvus_async_ext._milvus.endpoint import Call
 from llama_index_milvus_async_ext._milvus.errors import classify
-from llama_index_milvus_async_ext._milvus.query_request import Wanted
-from llama_index_milvus_async_ext._milvus.schema import PrimaryKey
+from llama_index_milvus_async_ext._milvus.query_request import LookedUp, Wanted
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes.rows import RECORD_FIELD
 from llama_index_milvus_async_ext._queries.filters import ids_expression, keys_expression, string_literal
 from llama_index_milvus_async_ext._store import calls
+from llama_index_milvus_async_ext._store.paging import Cursor, next_page
 from llama_index_milvus_async_ext.retry import Verdict
 
 if TYPE_CHECKING:
@@ -108,10 +109,10 @@ class Records:
             if len(document_ids) > 1:
                 middle = len(document_ids) // 2
                 return await self.rows_of(document_ids[:middle]) + await self.rows_of(document_ids[middle:])
-            rows = [row async for page in self._pages(expression, key) for row in page]
-            return StoredRows(
-                [row.key for row in rows], [row.document_id for row in rows], [row.record for row in rows]
-            )
+            rows = StoredRows([], [], [])
+            async for page in self._pages(expression):
+                rows += page
+            return rows
         return StoredRows(*found.columns())
 
     async def pages_of(self, document_ids: Sequence[str]) -> AsyncIterator[StoredRows]:
@@ -138,9 +139,8 @@ class Records:
 
     async def pages_of_source(self, source: str) -> AsyncIterator[StoredRows]:
         """All rows that came from this source, page by page."""
-        key = (await calls.schema(self._store, self._connected, self._port)).primary_key
         expression = f'{RECORD_FIELD}["source"] == {string_literal(source)}'
-        async for page in self._pages(expression, key):
+        async for page in self._pages(expression):
             yield page
 
     async def delete(self, keys: Sequence[Any]) -> None:
@@ -158,8 +158,19 @@ class Records:
             delete = calls.delete(collection, keys_expression(key, some), None, {})
             await calls.call(self._store, self._connected, self._port, delete, changes=True)
 
-    async def _pages(self, expression: str, key: PrimaryKey) -> AsyncIterator[StoredRows]:
-        fields = [key.name, self._store.doc_id_field, RECORD_FIELD]
-        pages = calls.pages(self._store.collection_name, expression, fields, _ROWS_PER_PAGE, consistency_level=_STRONG)
-        while found := await calls.call(self._store, self._connected, self._port, pages):
-            yield StoredRows(*([row.get(name) for row in found] for name in fields))
+    async def _pages(self, expression: str) -> AsyncIterator[StoredRows]:
+        key = (await calls.schema(self._store, self._connected, self._port)).primary_key
+        wanted = Wanted((key.name, self._store.doc_id_field), RECORD_FIELD)
+        cursor = Cursor(expression, _ROWS_PER_PAGE)
+
+        def ask(expression: str, options: dict[str, Any]) -> Call[LookedUp]:
+            return calls.look_up(self._store.collection_name, expression, wanted, **options)
+
+        while True:
+            found = await next_page(
+                self._store, self._connected, self._port, cursor, ask, lambda found, _: found.columns()[0]
+            )
+            page = StoredRows(*found.columns())
+            if not page:
+                return
+            yield page

@@ -20,6 +20,7 @@ from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._milvus.errors import ClosedConnectionError, RpcFailure, StatusFailure, classify
 from llama_index_milvus_async_ext._milvus.query_request import LookedUp, Wanted, is_readable, query_request
 from llama_index_milvus_async_ext._milvus.quiet import UnknownMethodsFilter, add_filter, silence_pymilvus
+from llama_index_milvus_async_ext._milvus.replacing import expression_of, misplaces_upserts
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import (
     Answer,
@@ -58,6 +59,7 @@ class Connection:
                 self.client = settings.client(self.uri)
         self._schemas: dict[str, Schema] = {}
         self._is_closed = False
+        self._misplaces_upserts = False
         self.db_name: str = getattr(getattr(self.client, "_config", None), "db_name", "")
         self._metadata = [("dbname", self.db_name)] if self.db_name else None
 
@@ -75,12 +77,14 @@ class Connection:
         """
         with silence_pymilvus():
             try:
-                return str(self.client.get_server_version(timeout=10))
+                version = str(self.client.get_server_version(timeout=10))
             except (MilvusException, grpc.RpcError) as error:
                 failure = RpcFailure.cause_of(error) or error
                 if classify(failure).is_repeated:
                     raise ConnectError(code=2, message=f"{self.uri} does not say what it is: {failure}") from error
                 return ""
+        self._misplaces_upserts = misplaces_upserts(version)
+        return version
 
     async def in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a blocking call of the public client in a thread, its failures unlogged.
@@ -177,6 +181,10 @@ class Connection:
             StatusFailure: Milvus rejected the request.
             RpcFailure: gRPC could not carry it, or its answer.
         """
+        if upsert and self._misplaces_upserts and schema.partition_key is not None:
+            former = expression_of(schema.primary_key, rows)
+            await self.in_thread(self.client.delete, collection, filter=former, timeout=timeout)
+            upsert = False
         send = self._sender("Upsert" if upsert else "Insert")
         if send is None:
             call = self.client.upsert if upsert else self.client.insert
@@ -218,8 +226,10 @@ class Connection:
             found = Answer(answer.results, group.output_fields)
         return [Found(found, place) for place in range(len(queries))]
 
-    async def look_up(self, collection: str, expression: str, wanted: Wanted, timeout: float) -> LookedUp:
-        """What matches, strongly consistent.
+    async def look_up(
+        self, collection: str, expression: str, partitions: Sequence[str] | None, wanted: Wanted, timeout: float
+    ) -> LookedUp:
+        """What matches, in these partitions or in all, strongly consistent.
 
         Raises:
             MilvusException: Milvus rejected the request.
@@ -227,7 +237,7 @@ class Connection:
         """
         send = self._searcher("Query")
         if send is not None:
-            answer = await self._call(send, query_request(collection, expression, wanted), timeout)
+            answer = await self._call(send, query_request(collection, expression, partitions, wanted), timeout)
             self._check(answer.status)
             if is_readable(answer, wanted):
                 return LookedUp(answer, wanted)
@@ -236,6 +246,7 @@ class Connection:
             collection_name=collection,
             filter=expression,
             output_fields=wanted.fields,
+            partition_names=partitions,
             timeout=timeout,
             retry_on_rate_limit=False,
             consistency_level="Strong",

@@ -45,13 +45,13 @@ class LookedUp:
         return [*values, dynamic_values(columns[None], self._wanted.dynamic)]
 
 
-def query_request(collection: str, expression: str, wanted: Wanted) -> Any:
-    """Build a QueryRequest, strongly consistent."""
+def query_request(collection: str, expression: str, partitions: Sequence[str] | None, wanted: Wanted) -> Any:
+    """Build a QueryRequest for these partitions or for all, strongly consistent."""
     return Prepare.query_request(
         collection,
         expression,
         wanted.fields,
-        None,
+        partitions,
         use_default_consistency=False,
         consistency_level=common_pb2.ConsistencyLevel.Strong,
         guarantee_timestamp=0,  # Milvus takes the time at which the request arrives

@@ -133,12 +133,12 @@ def query(
     return run
 
 
-def look_up(collection: str, expression: str, wanted: Wanted) -> Call[LookedUp]:
-    """Look up what matches, as it is now, in the quickest way."""
+def look_up(collection: str, expression: str, partitions: Sequence[str] | None, wanted: Wanted) -> Call[LookedUp]:
+    """Look up what matches, as it is now, in these partitions or in all, in the quickest way."""
 
     async def run(endpoint: Endpoint, timeout: float) -> LookedUp:
         with endpoint.reloading(collection):
-            return await endpoint.connection.look_up(collection, expression, wanted, timeout)
+            return await endpoint.connection.look_up(collection, expression, partitions, wanted, timeout)
 
     return run
 

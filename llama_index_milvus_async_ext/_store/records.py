@@ -80,12 +80,14 @@ class Records:
         store: The store.
         connected: Its connection, on which this call has begun.
         port: The caller's.
+        partition: The only partition to look at, and to delete from; empty for all.
     """
 
-    def __init__(self, store: OpenStore, connected: Connected, port: Port) -> None:
+    def __init__(self, store: OpenStore, connected: Connected, port: Port, partition: str = "") -> None:
         self._store = store
         self._connected = connected
         self._port = port
+        self._partitions = [partition] if partition else None
 
     async def rows_of(self, document_ids: Sequence[str]) -> StoredRows:
         """All rows of these documents, as they are now.
@@ -99,7 +101,7 @@ class Records:
         key = (await calls.schema(self._store, self._connected, self._port)).primary_key
         try:
             wanted = Wanted((key.name, self._store.doc_id_field), RECORD_FIELD)
-            look_up = calls.look_up(self._store.collection_name, expression, wanted)
+            look_up = calls.look_up(self._store.collection_name, expression, self._partitions, wanted)
             found = await calls.call(self._store, self._connected, self._port, look_up)
         except Exception as error:
             # 2.3 servers answer with all dynamic fields of a row, the node's JSON included: too much for one answer.
@@ -131,7 +133,8 @@ class Records:
         fields, collection = [key.name, self._store.doc_id_field], self._store.collection_name
         found: dict[Any, str] = {}
         for some in calls.slices(list(keys)):
-            query = calls.query(collection, keys_expression(key, some), None, fields, consistency_level=_STRONG)
+            expression = keys_expression(key, some)
+            query = calls.query(collection, expression, self._partitions, fields, consistency_level=_STRONG)
             for row in await calls.call(self._store, self._connected, self._port, query):
                 found[row[key.name]] = row.get(self._store.doc_id_field) or ""
         return found
@@ -154,12 +157,14 @@ class Records:
     async def _delete(self, keys: Sequence[Any]) -> None:
         key = (await calls.schema(self._store, self._connected, self._port)).primary_key
         collection = self._store.collection_name
+        partition = self._partitions[0] if self._partitions else None
         for some in calls.slices(list(keys)):
-            delete = calls.delete(collection, keys_expression(key, some), None, {})
+            delete = calls.delete(collection, keys_expression(key, some), partition, {})
             await calls.call(self._store, self._connected, self._port, delete, changes=True)
 
     async def _pages(self, expression: str, key: PrimaryKey) -> AsyncIterator[StoredRows]:
         fields = [key.name, self._store.doc_id_field, RECORD_FIELD]
-        pages = calls.pages(self._store.collection_name, expression, fields, _ROWS_PER_PAGE, consistency_level=_STRONG)
+        options = {"consistency_level": _STRONG, "partition_names": self._partitions}
+        pages = calls.pages(self._store.collection_name, expression, fields, _ROWS_PER_PAGE, **options)
         while found := await calls.call(self._store, self._connected, self._port, pages):
             yield StoredRows(*([row.get(name) for row in found] for name in fields))

@@ -242,9 +242,8 @@ class RowEncoder:
     def _checked_size(self, node: BaseNode, entity: dict[str, Any], name: str, kind: DataType, limit: int) -> int:
         value: Any = entity.get(name)
         if value is None:
-            what = {self._key_name: "the primary key", self._schema.partition_key: "the partition key"}.get(
-                name, "a column"
-            )
+            keys = {self._schema.partition_key: "the partition key", self._key_name: "the primary key"}
+            what = keys.get(name, "a column")
             raise _mismatch(
                 node, f"its metadata has no {name!r}, which is {what} of the collection", f"set metadata[{name!r}]"
             )

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llama_index_milvus_async_ext._flow.stages import in_full
 from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus.errors import classify
+from llama_index_milvus_async_ext._milvus.literals import string_literal
 from llama_index_milvus_async_ext._milvus.query_request import Wanted
 from llama_index_milvus_async_ext._milvus.schema import PrimaryKey
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes.rows import RECORD_FIELD
-from llama_index_milvus_async_ext._queries.filters import ids_expression, keys_expression, string_literal
+from llama_index_milvus_async_ext._queries.filters import ids_expression, keys_expression
 from llama_index_milvus_async_ext._store import calls
 from llama_index_milvus_async_ext.retry import Verdict
 

@@ -108,6 +108,7 @@ class Write:
         except MilvusException as error:  # nothing can be sent: that, too, is an outcome of each node
             failure = Failure(error, 0, classify(error).retryable, False)
             self._fail_others(failure)
+            self._schema = None  # so that it is not tried again
             return None
         return self._request(self._schema)
 

@@ -103,7 +103,7 @@ def test_a_write_whose_answer_is_lost_is_repeated_into_the_right_partition(
 ) -> None:
     for upsert_mode in (True, False):
         store = open_store(partition_key_field="tenant", uri=fault_proxy.uri, upsert_mode=upsert_mode)
-        fault_proxy.script(LoseAnswer(), method=("Insert", "Upsert"), when=First(1))
+        fault_proxy.script(LoseAnswer(), method=("Insert", "Upsert"), on=First(1))
         report = store.write(nodes_of("a", 5, prefix=str(upsert_mode)))
         assert report.ok and report.retries
     assert owners(store, "a") == ["a"] * 10, "each once"

@@ -111,6 +111,10 @@ def check_arguments(
         if arguments["scalar_field_names"]:
             raise ValueError("scalar_field_names goes without schema=: add these fields to the schema")
         _check_schema(schema, arguments)
+        key = next((field.name for field in schema.fields if field.is_partition_key), None)
+        if partition_key_field not in (None, key):
+            has = f"the partition key {key!r}" if key else "no partition key"
+            raise ValueError(f"partition_key_field={partition_key_field!r}, but schema= has {has}")
 
 
 def check_made(

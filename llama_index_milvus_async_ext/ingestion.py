@@ -24,6 +24,7 @@ from llama_index_milvus_async_ext._ingest.transforming import Transforming
 from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._store import calls
+from llama_index_milvus_async_ext._store.partitions import check_partition
 from llama_index_milvus_async_ext.ingestion_report import FailedDocument, IngestionError, IngestionReport
 from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
 from llama_index_milvus_async_ext.writer import AsyncMilvusWriter
@@ -87,6 +88,9 @@ async def aingest(
     The collection itself is the record of what it holds: each row carries, in a dynamic field `_ingestion`, the version
     of its document, a digest of the ids of the nodes that it was written with, and the source. Rows stay readable by
     the plain store.
+
+    Where the writer names a partition (`milvus_partition_name`), all of this is about that partition alone: other
+    partitions may hold documents of the same ids (but on Milvus Lite a node's id is in one partition only).
 
     Each document goes through the transformations alone. The pipeline's cache is not used.
 
@@ -197,6 +201,7 @@ async def _run(
         async with _opened(job) as store:
             connected, port = store.live(), LoopPort.current()
             with connected.held(port), IoThread.get().taking_turns():
+                await check_partition(store, connected, port, job.partition)
                 schema = await calls.schema(store, connected, port)
                 if not schema.dynamic:
                     raise ValueError(

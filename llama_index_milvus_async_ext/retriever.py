@@ -50,6 +50,8 @@ class AsyncMilvusRetriever(BaseRetriever):
         alpha, sparse_top_k, hybrid_top_k: Passed on in the query, as `VectorIndexRetriever` does.
         node_ids: Ids of the only nodes to look at.
         doc_ids: Ids of the only documents to look at.
+        milvus_partition_names: The only partitions to look in, by the name of the option that `store.query` has. They
+            must be there.
         callback_manager, object_map, verbose: As `BaseRetriever`'s.
         **kwargs: `vector_store_kwargs` (dict), keyword arguments for `AsyncMilvusVectorStore.aquery`.
 
@@ -72,6 +74,7 @@ class AsyncMilvusRetriever(BaseRetriever):
         callback_manager: CallbackManager | None = None,
         object_map: dict[str, Any] | None = None,
         verbose: bool = False,
+        milvus_partition_names: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(vector_store, MilvusVectorStore):
@@ -89,7 +92,9 @@ class AsyncMilvusRetriever(BaseRetriever):
         self._doc_ids = doc_ids
         self._sparse_top_k = sparse_top_k
         self._hybrid_top_k = hybrid_top_k
-        self._kwargs: dict[str, Any] = kwargs.get("vector_store_kwargs", {})
+        self._kwargs: dict[str, Any] = dict(kwargs.get("vector_store_kwargs", {}))
+        if milvus_partition_names is not None:
+            self._kwargs["milvus_partition_names"] = milvus_partition_names
         super().__init__(callback_manager=callback_manager, object_map=object_map, verbose=verbose)
 
     @property

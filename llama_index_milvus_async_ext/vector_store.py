@@ -53,6 +53,17 @@ class AsyncMilvusVectorStore(OpenStore):
         rpc_timeout_seconds: Bound on one attempt of one request: long enough for a full one to a busy server, short
             enough to notice a frozen one.
         retry: When and for how long failed requests are tried again.
+        partition_key_field: Metadata key that is Milvus's partition key of a collection that is made: a field of this
+            name, a text, or as `scalar_field_names` and `scalar_field_types` have it. A filter on it touches few
+            partitions, but on Milvus Lite. A node without it is refused. Of a collection that is there already it must
+            be the partition key; left out, the collection is used as it is. On servers before 2.3.12, which put
+            upserted rows into wrong partitions, a row that is replaced is deleted first, and is missing for a moment.
+        filterable_metadata: Metadata keys that are stored as fields of their own, to filter by; all others are stored
+            once, in the node's JSON, which comes back whole. None stores all keys twice, as upstream. Filters on other
+            keys are refused, but for those in expressions that you write yourself.
+        schema: A `pymilvus.CollectionSchema` that a collection is made from, and used as it is: with the fields that
+            `text_key`, `doc_id_field` and `embedding_field` name, a text `id` as primary key and a dynamic field.
+            Further fields are filled from metadata of the same name. One that is there already must have its fields.
         served_at: Not for you: where the process that pickled this store serves its Milvus Lite file.
         **kwargs: All other arguments of `MilvusVectorStore` (`collection_name`, `overwrite`, `enable_sparse`,
             `consistency_level`, ...) and of `pymilvus.MilvusClient` (`db_name`, `secure`, `server_pem_path`, ...).
@@ -81,8 +92,9 @@ class AsyncMilvusVectorStore(OpenStore):
 
         Args:
             nodes: Nodes with embeddings.
-            **add_kwargs: `milvus_partition_name` (str), the partition to write to; `force_flush` (bool), whether to
-                have Milvus seal what was written (Milvus rations this to once in ten seconds).
+            **add_kwargs: `milvus_partition_name` (str), the partition to write to, which must be there: else each node
+                fails; `force_flush` (bool), whether to have Milvus seal what was written (Milvus rations this to once
+                in ten seconds).
         """
         return await self.in_call(LoopPort.current(), write, nodes, add_kwargs)
 
@@ -124,8 +136,8 @@ class AsyncMilvusVectorStore(OpenStore):
                 `string_expr`, `mmr_threshold`, `mmr_prefetch_factor`, `mmr_prefetch_k`.
 
         Raises:
-            ValueError: The query lacks what its mode needs, or the store can't answer its mode; a `MilvusException`
-                as well.
+            ValueError: The query lacks what its mode needs, filters by what is not `filterable_metadata`, or names a
+                partition that is not there; or the store can't answer its mode. A `MilvusException` as well.
             MilvusException: Milvus rejected it, or could not be reached until the deadline.
         """
         return (await self.aquery_many([query], **kwargs))[0]

@@ -49,6 +49,8 @@ class AsyncMilvusWriter(TransformComponent):
         replace_documents: Whether to delete, once all nodes of a document are acknowledged, those that it had in the
             collection before: no chunk of a longer version stays behind. All nodes of a document must come in one
             call. For whole corpora there is `aingest`.
+        milvus_partition_name: The partition to write to, by the name of the option that `store.add` has; None for the
+            default one. It must be there. With `replace_documents`, only what it holds is replaced.
 
     Raises:
         WriteError: With `on_failure="raise"`, if any node was not written; it carries the report.
@@ -63,6 +65,7 @@ class AsyncMilvusWriter(TransformComponent):
     replace_documents: bool = Field(
         default=False, description="Whether the earlier nodes of the documents in hand are deleted."
     )
+    milvus_partition_name: str | None = Field(default=None, description="The partition to write to.")
 
     _last_report: WriteReport | None = PrivateAttr(default=None)
 
@@ -73,6 +76,7 @@ class AsyncMilvusWriter(TransformComponent):
         on_failure: Literal["raise", "collect"] = "raise",
         show_progress: bool = False,
         replace_documents: bool = False,
+        milvus_partition_name: str | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(vector_store, MilvusVectorStore):
@@ -86,6 +90,7 @@ class AsyncMilvusWriter(TransformComponent):
             on_failure=on_failure,
             show_progress=show_progress,
             replace_documents=replace_documents,
+            milvus_partition_name=milvus_partition_name,
             **kwargs,
         )
 
@@ -131,7 +136,7 @@ class AsyncMilvusWriter(TransformComponent):
         what = "Embedding and writing" if self.embed_model is not None else "Writing"
         with tqdm(total=len(nodes), desc=f"{what} to Milvus", unit="node", disable=not self.show_progress) as bar:
             store, model, replaces = self.vector_store, self.embed_model, self.replace_documents
-            call = EmbedAndWrite(store, connected, nodes, model, replaces, bar)
+            call = EmbedAndWrite(store, connected, nodes, model, replaces, self.milvus_partition_name or "", bar)
             try:
                 with turns:
                     yield call
@@ -164,7 +169,13 @@ class AsyncMilvusWriter(TransformComponent):
         return type(self)(copy.deepcopy(self.vector_store), *self._settings())
 
     def _settings(self) -> tuple[Any, ...]:
-        return (self.embed_model, self.on_failure, self.show_progress, self.replace_documents)
+        return (
+            self.embed_model,
+            self.on_failure,
+            self.show_progress,
+            self.replace_documents,
+            self.milvus_partition_name,
+        )
 
     def __repr_args__(self) -> Any:
         # An embedding model's own repr may show its API key.

@@ -44,6 +44,7 @@ class EmbedAndWrite:
         nodes: The nodes.
         model: What embeds those without an embedding, if anything does.
         replaces_documents: Whether the earlier nodes of the documents in hand are deleted at the end.
+        partition: The partition to write to, and to replace documents in; empty for the default one, and for all.
         bar: A tqdm bar of nodes.
     """
 
@@ -54,6 +55,7 @@ class EmbedAndWrite:
         nodes: Sequence[BaseNode],
         model: BaseEmbedding | None,
         replaces_documents: bool,
+        partition: str,
         bar: Any,
     ) -> None:
         self._started = time.perf_counter()
@@ -62,6 +64,7 @@ class EmbedAndWrite:
         self._nodes = nodes
         self._model = model
         self._replaces_documents = replaces_documents
+        self._partition = partition
         self._bar = bar
         self._errors: dict[int, Exception] = {}  # of the embedding model, by the id() of the node
         self._written: list[_Part] = []  # what has been handed to the store, in the order of the nodes
@@ -73,7 +76,7 @@ class EmbedAndWrite:
             port: The caller's way to the store.
             embed: The way to the model.
         """
-        records = Records(self._store, self._connected, port)
+        records = Records(self._store, self._connected, port, self._partition)
         earlier = await self._earlier_rows(port, records) if self._replaces_documents else {}
         embedder = Embedder(self._model, embed) if self._model is not None and embed is not None else None
         await flow(self._source(embedder), self._stages(port, embedder), Stopwatch())
@@ -104,7 +107,7 @@ class EmbedAndWrite:
             part = _Part([node for each in parts for node in each.nodes])
             self._written.append(part)
             try:
-                part.report = await Write(self._store, self._connected, port, part.nodes).run()
+                part.report = await Write(self._store, self._connected, port, part.nodes, self._partition).run()
             except BaseException as interruption:
                 part.report = getattr(interruption, "report", None)
                 raise

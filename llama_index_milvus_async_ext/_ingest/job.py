@@ -48,6 +48,7 @@ class Job:
 
     Attributes:
         store: Where the nodes go; a plain store is still to be taken over.
+        partition: The partition that holds them; empty for the default one.
         steps: What is made of a document.
         source: Name of the documents' source.
         version: The version of a document, which has this hash.
@@ -59,6 +60,7 @@ class Job:
     """
 
     store: MilvusVectorStore
+    partition: str
     steps: Steps
     source: str
     version: Callable[[BaseNode, str], str]
@@ -121,6 +123,7 @@ def job_of(
         version = described([*(each for group in steps.groups for each in group), *models])
     return Job(
         store=store,
+        partition=_partition_of(pipeline, writers),
         steps=steps,
         source=source,
         version=_versions(version, source),
@@ -137,6 +140,11 @@ def _versions(version: str | Callable[[Any], str], source: str) -> Callable[[Bas
     if callable(version):
         return lambda document, _: named_version(version(document), document, source)
     return lambda document, hash_: version_of(document, version, source, hash_)
+
+
+def _partition_of(pipeline: IngestionPipeline, writers: Callable[[TransformComponent], bool]) -> str:
+    last: Any = pipeline.transformations[-1] if pipeline.transformations else None
+    return (last.milvus_partition_name or "") if last is not None and writers(last) else ""
 
 
 def _store_of(pipeline: IngestionPipeline, writers: Callable[[TransformComponent], bool]) -> MilvusVectorStore:

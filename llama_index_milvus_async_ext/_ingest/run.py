@@ -73,7 +73,7 @@ class Ingestion:
         self._transforming = transforming
         self._embed = embed
         self._tally = tally
-        self._records = Records(store, connected, port)
+        self._records = Records(store, connected, port, job.partition)
         self._settling = Settling(job, self._records, tally)
         self._is_lite = connected.endpoint.is_lite
         self._key_name = ID_FIELD
@@ -303,7 +303,8 @@ class Ingestion:
             self._fail([item], "write", ValueError(f"{names}; {remedy_for_keys(self._key_name)}"))
 
     async def _written(self, nodes: list[BaseNode], records: list[bytes]) -> WriteReport:
-        report = await Write(self._store, self._connected, self._port, nodes, records=records).run()
+        partition = self._job.partition
+        report = await Write(self._store, self._connected, self._port, nodes, partition, records=records).run()
         self._tally.nodes += len(report.written)
         self._tally.retries += report.retries
         return report

@@ -20,6 +20,7 @@ from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._milvus.errors import ClosedConnectionError, RpcFailure, StatusFailure, classify
 from llama_index_milvus_async_ext._milvus.query_request import LookedUp, Wanted, is_readable, query_request
 from llama_index_milvus_async_ext._milvus.quiet import UnknownMethodsFilter, add_filter, silence_pymilvus
+from llama_index_milvus_async_ext._milvus.replacing import expression_of, misplaces_upserts
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import (
     Answer,
@@ -58,6 +59,7 @@ class Connection:
                 self.client = settings.client(self.uri)
         self._schemas: dict[str, Schema] = {}
         self._is_closed = False
+        self._misplaces_upserts = False
         self.db_name: str = getattr(getattr(self.client, "_config", None), "db_name", "")
         self._metadata = [("dbname", self.db_name)] if self.db_name else None
 
@@ -75,12 +77,14 @@ class Connection:
         """
         with silence_pymilvus():
             try:
-                return str(self.client.get_server_version(timeout=10))
+                version = str(self.client.get_server_version(timeout=10))
             except (MilvusException, grpc.RpcError) as error:
                 failure = RpcFailure.cause_of(error) or error
                 if classify(failure).is_repeated:
                     raise ConnectError(code=2, message=f"{self.uri} does not say what it is: {failure}") from error
                 return ""
+        self._misplaces_upserts = misplaces_upserts(version)
+        return version
 
     async def in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a blocking call of the public client in a thread, its failures unlogged.
@@ -177,6 +181,10 @@ class Connection:
             StatusFailure: Milvus rejected the request.
             RpcFailure: gRPC could not carry it, or its answer.
         """
+        if upsert and self._misplaces_upserts and schema.partition_key is not None:
+            former = expression_of(schema.primary_key, rows)
+            await self.in_thread(self.client.delete, collection, filter=former, timeout=timeout)
+            upsert = False
         send = self._sender("Upsert" if upsert else "Insert")
         if send is None:
             call = self.client.upsert if upsert else self.client.insert

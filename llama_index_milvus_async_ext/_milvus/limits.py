@@ -39,3 +39,4 @@ class WriteTarget(NamedTuple):
     doc_id_field: str
     embedding_field: str | None
     sparse_field: str | None
+    filterable: tuple[str, ...] | None

@@ -51,11 +51,10 @@ def query_request(collection: str, expression: str, wanted: Wanted, options: dic
         collection,
         expression,
         wanted.fields,
-        None,
         use_default_consistency=False,
         consistency_level=common_pb2.ConsistencyLevel.Strong,
         guarantee_timestamp=0,  # Milvus takes the time at which the request arrives
-        **options,
+        **{"partition_names": None, **options},
     )
 
 

@@ -63,6 +63,7 @@ class Schema:
         primary_key: The field that names its rows.
         fast: Whether rows are encoded here; None until the first row was encoded both ways and compared.
         confirmed_at: When Milvus last described the collection so, in seconds of the monotonic clock.
+        partitions: Names of partitions that it is known to have.
     """
 
     described: dict[str, Any]
@@ -70,6 +71,7 @@ class Schema:
     primary_key: PrimaryKey = field(init=False)
     fast: bool | None = field(init=False)
     confirmed_at: float = field(init=False, default=0.0)
+    partitions: frozenset[str] = field(init=False, default=frozenset())
 
     def __post_init__(self) -> None:
         everything = self.described["fields"]
@@ -97,6 +99,11 @@ class Schema:
     def dynamic(self) -> bool:
         """Whether fields outside the schema are stored."""
         return bool(self.described.get("enable_dynamic_field"))
+
+    @property
+    def partition_key(self) -> str | None:
+        """The field whose value decides in which partition a row is; None if there is none."""
+        return next((f["name"] for f in self.described["fields"] if f.get("is_partition_key")), None)
 
     @property
     def has_sparse(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ RECORD_FIELD = "_ingestion"
 # Milvus stores the dynamic fields of a row as one JSON value, of this many bytes at the most (measured: 65,536 pass).
 MAX_DYNAMIC_BYTES = 65_536
 _DEFAULT_MAX_LENGTH = 65_535
-_FIELDS_OF_NODES = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id"})
+FIELDS_OF_NODES = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id"})
 
 _PYTHON_TYPES: dict[DataType, tuple[type, ...]] = {
     DataType.BOOL: (bool, np.bool_),
@@ -61,6 +62,7 @@ class RowEncoder:
         embedding_field: str | None,
         sparse_field: str | None = None,
         upsert: bool = False,
+        filterable: Collection[str] | None = None,
     ) -> None:
         """Prepare for a collection.
 
@@ -71,6 +73,7 @@ class RowEncoder:
             embedding_field: Column of the dense vector, if there is one.
             sparse_field: Column of a sparse vector that the client computes, if there is one.
             upsert: Whether the rows shall replace earlier ones, which they can't where Milvus makes the keys up.
+            filterable: The metadata keys that are stored as fields of their own, beside the node's JSON; None for all.
         """
         self._schema = schema
         self._text_key = text_key
@@ -81,6 +84,7 @@ class RowEncoder:
         self._dim = int(schema.params(embedding_field).get("dim", 0)) if embedding_field else 0
         self._columns = [f["name"] for f in schema.fields]
         self._forbidden = schema.function_outputs
+        self._kept = None if filterable is None else frozenset({*filterable, *self._columns, *self._forbidden})
         self._recent_record: bytes | None = None
         self._record_end = b""
         self._recent_doc_id: str | None = None
@@ -182,6 +186,8 @@ class RowEncoder:
             if plain is None:
                 return None
             content, own = plain
+            if self._kept is not None:
+                metadata, own = {key: metadata[key] for key in metadata if key in self._kept}, None
             if doc_id != self._recent_doc_id:
                 self._about_document = self._tail_for(doc_id)
                 self._recent_doc_id = doc_id
@@ -221,6 +227,8 @@ class RowEncoder:
             node_content, entity, text = self._json.stored(node)
         except Exception as error:  # pydantic has errors of its own
             raise _refused(node, f"it can't be stored as JSON ({error})", "check its metadata") from None
+        if self._kept is not None:
+            entity = {key: value for key, value in entity.items() if key in self._kept}
         doc_id = node.ref_doc_id or "None"
         entity["_node_content"] = node_content
         entity["_node_type"] = node.class_name()
@@ -234,7 +242,8 @@ class RowEncoder:
     def _checked_size(self, node: BaseNode, entity: dict[str, Any], name: str, kind: DataType, limit: int) -> int:
         value: Any = entity.get(name)
         if value is None:
-            what = "the primary key" if name == self._key_name else "a column"
+            keys = {self._schema.partition_key: "the partition key", self._key_name: "the primary key"}
+            what = keys.get(name, "a column")
             raise _mismatch(
                 node, f"its metadata has no {name!r}, which is {what} of the collection", f"set metadata[{name!r}]"
             )
@@ -284,12 +293,12 @@ class RowEncoder:
                 raise _refused(node, f"its metadata has the key {RECORD_FIELD!r}, this package's own", "rename the key")
             dynamic = dynamic[:-1] + self._end_with(record)
         if len(dynamic) > MAX_DYNAMIC_BYTES:
-            raise _refused(
-                node,
-                f"its metadata and relationships take {len(dynamic)} bytes as JSON, and Milvus stores "
-                f"{MAX_DYNAMIC_BYTES} (each metadata value is stored twice)",
-                "store less metadata",
-            )
+            problem = f"its metadata and relationships take {len(dynamic)} bytes as JSON, and Milvus stores "
+            problem, remedy = f"{problem}{MAX_DYNAMIC_BYTES}", "store less metadata"
+            if self._kept is None:
+                problem += " (each metadata value is stored twice)"
+                remedy += ", or name the keys that you filter by in filterable_metadata=: the others are stored once"
+            raise _refused(node, problem, remedy)
         return columns, dynamic
 
     def _find_out_whether_usual(self) -> bool:
@@ -300,12 +309,12 @@ class RowEncoder:
         self._usual_text_bytes = limits.get(self._text_key, 0)
         self._usual_other_bytes = min(limits.get(name, 0) for name in (ID_FIELD, self._doc_id_field))
         self._reserved = frozenset(
-            {DYNAMIC_FIELD, RECORD_FIELD, *_FIELDS_OF_NODES, *self._columns, *self._forbidden, *usual, *vectors}
+            {DYNAMIC_FIELD, RECORD_FIELD, *FIELDS_OF_NODES, *self._columns, *self._forbidden, *usual, *vectors}
         )
         return (
             self._schema.dynamic
             and len(usual) == 3
-            and usual.isdisjoint(_FIELDS_OF_NODES - {"doc_id"})
+            and usual.isdisjoint(FIELDS_OF_NODES - {"doc_id"})
             and limits.keys() == usual
             and set(self._columns) == usual | vectors
         )

@@ -18,10 +18,8 @@ from llama_index.vector_stores.milvus.utils import FilterOperatorFunction, Scala
 from pymilvus import DataType
 
 from llama_index_milvus_async_ext._milvus.errors import QueryError, QueryMismatchError
+from llama_index_milvus_async_ext._milvus.literals import shown, string_literal
 from llama_index_milvus_async_ext._milvus.schema import DEFAULT_KEY, PrimaryKey
-
-# The only escapes that both parsers know, and the only ones they need: every other character stands for itself.
-_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r", "\t": r"\t"})
 
 # What one of the parsers takes for its own, in any case: keywords, functions, Lite's hidden columns.
 _RESERVED = (
@@ -52,26 +50,6 @@ _ARRAY_FUNCTIONS = {
 }
 
 
-def string_literal(value: str) -> str:
-    r"""Quote text for a filter expression.
-
-        string_literal('say "hi"')  # "say \"hi\""
-
-    Milvus and Milvus Lite read back exactly `value`, whatever it contains: quotes, backslashes, line ends, NUL.
-
-    Raises:
-        QueryError: `value` has a lone surrogate, which UTF-8, and so the wire, has no form for.
-    """
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise QueryError(
-            f"{_shown(value)} cannot be sent to Milvus: {value[error.start]!r} at position {error.start} is half of a "
-            "surrogate pair, which has no form in UTF-8"
-        ) from None
-    return f'"{value.translate(_ESCAPES)}"'
-
-
 def ids_expression(field: str, ids: Sequence[str]) -> str:
     """Match the rows whose `field`, a text, is one of `ids`.
 
@@ -98,7 +76,7 @@ def keys_expression(key: PrimaryKey, ids: Sequence[Any]) -> str:
         TypeError: `ids` is a single string, which would be taken for its letters.
     """
     if isinstance(ids, str):
-        raise TypeError(f"ids must be a list of strings, not the string {_shown(ids)}")
+        raise TypeError(f"ids must be a list of strings, not the string {shown(ids)}")
     if not ids:
         raise QueryError("no ids to match")
     return f"{_key_expression(key.name)} in [{', '.join(_key_literal(key, each) for each in ids)}]"
@@ -198,7 +176,7 @@ def _named(test: Callable[[str, Any, Any], str], key: str, operator: Any, value:
     try:
         return test(_key_expression(key), operator, value)
     except ValueError as error:
-        raise QueryError(f"filter on {_shown(key)}: {error}") from None
+        raise QueryError(f"filter on {shown(key)}: {error}") from None
 
 
 def _decided_test(key: str, operator: FilterOperator, value: Any) -> str:
@@ -226,22 +204,22 @@ def _test(key: str, operator: FilterOperator, value: Any) -> str:
     if operator.value not in _COMPARISONS:
         raise QueryError(f"Milvus has no operator {operator.name}")
     if isinstance(value, list) and operator not in (FilterOperator.EQ, FilterOperator.NE):
-        raise QueryError(f"{operator.name} needs one value, not {_shown(value)}")
+        raise QueryError(f"{operator.name} needs one value, not {shown(value)}")
     return f"{key} {operator.value} {_literal(value)}"
 
 
 def _array_test(key: str, function: FilterOperatorFunction, value: Any) -> str:
     # Empty: Milvus does not parse `[]` here, Lite does.
     if function.name.endswith(("_ANY", "_ALL")) and not (isinstance(value, list) and value):
-        raise QueryError(f"{function.name} needs a list of at least one value, not {_shown(value)}")
+        raise QueryError(f"{function.name} needs a list of at least one value, not {shown(value)}")
     if function.name.endswith("_LENGTH") and not isinstance(value, int):
-        raise QueryError(f"{function.name} needs a whole number, not {_shown(value)}")
+        raise QueryError(f"{function.name} needs a whole number, not {shown(value)}")
     return function.value.format(key=key, value=_literal(value))
 
 
 def _membership(key: str, operator: FilterOperator, values: Any) -> str:
     if not isinstance(values, list):
-        raise QueryError(f"{operator.name} needs a list, not {_shown(values)}")
+        raise QueryError(f"{operator.name} needs a list, not {shown(values)}")
     negated = operator == FilterOperator.NIN
     if "[" not in key:
         return f"{key} {'not in' if negated else 'in'} {_literal(values)}"
@@ -254,7 +232,7 @@ def _membership(key: str, operator: FilterOperator, values: Any) -> str:
 
 def _starts_with(key: str, value: Any) -> str:
     if isinstance(value, list):
-        raise QueryError(f"TEXT_MATCH needs one value, not {_shown(value)}")
+        raise QueryError(f"TEXT_MATCH needs one value, not {shown(value)}")
     prefix = value if isinstance(value, str) else _literal(value)
     if not _SPECIAL_IN_PATTERN.search(prefix):
         return f"{key} like {string_literal(prefix + '%')}"
@@ -274,10 +252,21 @@ def _key_expression(key: str) -> str:
     return f"$meta[{string_literal(key)}]"
 
 
+def path_of(key: str) -> list[str] | None:
+    """The names and places that a filter's key is a path of; None if it is a metadata key, taken literally.
+
+    path_of('info["colour"][0]')  # ["info", "colour", "0"]
+    """
+    if not _NAME_OR_PATH.fullmatch(key):
+        return None
+    name, *steps = key.replace("]", "").split("[")
+    return [name, *(step.strip("\"'") for step in steps)]
+
+
 def _key_literal(key: PrimaryKey, id_: Any) -> str:
     if key.type == DataType.VARCHAR:
         if not isinstance(id_, str):
-            raise QueryMismatchError(f"{_shown(id_)} is no id: {key.name!r} of this collection is a text")
+            raise QueryMismatchError(f"{shown(id_)} is no id: {key.name!r} of this collection is a text")
         return string_literal(id_)
     number: int | None = None
     if isinstance(id_, str):
@@ -285,9 +274,7 @@ def _key_literal(key: PrimaryKey, id_: Any) -> str:
     elif hasattr(id_, "__index__") and not isinstance(id_, bool):  # numpy's integers as well
         number = index(id_)
     if number is None or abs(number) > _MAX_INT:
-        raise QueryMismatchError(
-            f"{_shown(id_)} is no id: {key.name!r} of this collection is a whole number of 64 bits"
-        )
+        raise QueryMismatchError(f"{shown(id_)} is no id: {key.name!r} of this collection is a whole number of 64 bits")
     return str(number)
 
 
@@ -303,8 +290,8 @@ def _literal(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_literal, value))}]"
     if isinstance(value, (int, float)):
-        raise QueryError(f"{_shown(value)} is no number that Milvus can read: finite, whole ones within ±(2**63 - 1)")
-    raise QueryError(f"{_shown(value)} is a {type(value).__name__}; Milvus compares text, numbers, booleans and lists")
+        raise QueryError(f"{shown(value)} is no number that Milvus can read: finite, whole ones within ±(2**63 - 1)")
+    raise QueryError(f"{shown(value)} is a {type(value).__name__}; Milvus compares text, numbers, booleans and lists")
 
 
 def _joined(operator: str, parts: list[str]) -> str:
@@ -315,8 +302,3 @@ def _joined(operator: str, parts: list[str]) -> str:
         groups = (parts[start : start + _FAN_OUT] for start in range(0, len(parts), _FAN_OUT))
         parts = [f"({separator.join(group)})" for group in groups]
     return "".join(parts)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -18,6 +18,7 @@ from llama_index_milvus_async_ext._milvus.schema import Schema
 from llama_index_milvus_async_ext._milvus.search_request import HybridGroup, SearchGroup
 from llama_index_milvus_async_ext._nodes.stored import NODE_FIELDS
 from llama_index_milvus_async_ext._nodes.vectors import pack
+from llama_index_milvus_async_ext._queries.filterable import check_filterable
 from llama_index_milvus_async_ext._queries.filters import search_expression
 
 MAX_TOP_K = 16_384  # of a Milvus server, per query; Milvus Lite has no limit
@@ -72,6 +73,7 @@ def plan_search(
     mode = query.mode
     most = None if is_lite else MAX_TOP_K
     top_k = limit = _checked_number("similarity_top_k", query.similarity_top_k, most)
+    check_filterable(store, schema, query.filters, options.get("milvus_scalar_filters"))
     expression = search_expression(
         query,
         store.doc_id_field,

@@ -15,10 +15,12 @@ from llama_index_milvus_async_ext._milvus.endpoint import Call
 from llama_index_milvus_async_ext._milvus.errors import QueryError
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes.stored import stored_node
+from llama_index_milvus_async_ext._queries.filterable import check_filterable
 from llama_index_milvus_async_ext._queries.filters import filter_expression
 from llama_index_milvus_async_ext._queries.plan import node_fields
 from llama_index_milvus_async_ext._store import calls
 from llama_index_milvus_async_ext._store.paging import MOST_ROWS, Cursor, next_page
+from llama_index_milvus_async_ext._store.partitions import check_partitions
 
 if TYPE_CHECKING:
     from llama_index_milvus_async_ext._store.open_store import OpenStore
@@ -57,21 +59,23 @@ class Iteration:
 
     async def anodes(self, store: OpenStore) -> AsyncGenerator[BaseNode, None]:
         """The nodes, on the running event loop."""
-        while (nodes := await store.in_call(LoopPort.current(), self._page)) is not None:
+        while (nodes := await store.in_call(LoopPort.current(), self.next_nodes)) is not None:
             for node in nodes:
                 yield node
 
     def nodes(self, store: OpenStore) -> Generator[BaseNode, None, None]:
         """The nodes, blocking."""
-        while (nodes := run(store.in_call(ThreadPort(), self._page))) is not None:
+        while (nodes := run(store.in_call(ThreadPort(), self.next_nodes))) is not None:
             yield from nodes
 
-    async def _page(self, store: OpenStore, connected: Connected, port: Port) -> Iterator[BaseNode] | None:
+    async def next_nodes(self, store: OpenStore, connected: Connected, port: Port) -> Iterator[BaseNode] | None:
         """The nodes of the next page, each built when it is asked for; None after the last page."""
         if self._cursor is None:
             is_lite = connected.endpoint.is_lite
             rows_at_once = self._batch_size or (ROWS_ON_LITE if is_lite else ROWS_ON_SERVER)
             self._cursor = Cursor(filter_expression(self._filters, is_lite=is_lite), rows_at_once)
+            await check_partitions(store, connected, port, self._partitions)
+            check_filterable(store, await calls.schema(store, connected, port), self._filters)
         schema = await calls.schema(store, connected, port)
         fields = None if self._embeddings else list(node_fields(store, schema))
         found = await rows(store, connected, port, self._cursor, self._partitions, fields)

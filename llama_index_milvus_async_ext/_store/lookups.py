@@ -12,10 +12,12 @@ from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus.errors import QueryError, QueryMismatchError, classify
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes.stored import stored_node
+from llama_index_milvus_async_ext._queries.filterable import check_filterable
 from llama_index_milvus_async_ext._queries.filters import filter_expression, ids_expression, keys_expression
 from llama_index_milvus_async_ext._store import calls
 from llama_index_milvus_async_ext._store.iterating import rows
 from llama_index_milvus_async_ext._store.paging import Cursor
+from llama_index_milvus_async_ext._store.partitions import check_partition, check_partitions
 from llama_index_milvus_async_ext.retry import Verdict
 
 if TYPE_CHECKING:
@@ -63,17 +65,19 @@ async def get_nodes(
     if node_ids is not None and filters is not None and filters.filters:
         raise QueryError("give node_ids or filters, not both")
     expressions, key_name = await _expressions(store, connected, port, node_ids, filters)
+    partitions = options.get("milvus_partition_names")
+    await check_partitions(store, connected, port, partitions)
     nodes: list[BaseNode] = []
     for expression in expressions:
-        nodes += [stored_node(store, row, key_name) for row in await _rows(store, connected, port, expression, options)]
+        found = await _rows(store, connected, port, expression, partitions)
+        nodes += [stored_node(store, row, key_name) for row in found]
     return nodes
 
 
 async def _rows(
-    store: OpenStore, connected: Connected, port: Port, expression: str, options: dict[str, Any]
+    store: OpenStore, connected: Connected, port: Port, expression: str, partitions: list[str] | None
 ) -> list[dict[str, Any]]:
     """All rows that match: at once, or page by page where that is too much for one answer."""
-    partitions = options.get("milvus_partition_names")
     try:
         return await calls.call(store, connected, port, calls.query(store.collection_name, expression, partitions))
     except Exception as error:
@@ -95,6 +99,7 @@ async def _delete(
 ) -> None:
     others = dict(options)
     partition = others.pop("milvus_partition_name", None)
+    await check_partition(store, connected, port, partition)
     for expression in expressions:
         delete = calls.delete(store.collection_name, expression, partition, others)
         await calls.call(store, connected, port, delete, changes=True)
@@ -114,8 +119,10 @@ async def _expressions(
             raise QueryError("either node_ids or filters must be given")
         if not matching:
             raise QueryError("the filters restrict nothing, and would name every node")
-        return [matching], (await calls.schema(store, connected, port)).primary_key.name
     schema = await calls.schema(store, connected, port)
+    check_filterable(store, schema, filters)
+    if node_ids is None:
+        return [matching], schema.primary_key.name
     try:
         expressions = [keys_expression(schema.primary_key, some) for some in calls.slices(node_ids)]
     except QueryMismatchError:

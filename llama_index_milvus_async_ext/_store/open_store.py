@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -13,37 +13,29 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.vector_stores.utils import DEFAULT_DOC_ID_KEY, DEFAULT_EMBEDDING_KEY, DEFAULT_TEXT_KEY
 from llama_index.vector_stores.milvus import IndexManagement, MilvusVectorStore
 from llama_index.vector_stores.milvus.utils import DEFAULT_SPARSE_EMBEDDING_KEY, BaseSparseEmbeddingFunction
-from pymilvus import AsyncMilvusClient, DataType, MilvusClient
+from pymilvus import AsyncMilvusClient, CollectionSchema, DataType, MilvusClient
 from typing_extensions import Self
 
 from llama_index_milvus_async_ext._lane import forks
-from llama_index_milvus_async_ext._lane.lanes import Lane
 from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.endpoint import Endpoint
-from llama_index_milvus_async_ext._milvus.limits import Limits, WriteTarget
+from llama_index_milvus_async_ext._milvus.limits import Limits
 from llama_index_milvus_async_ext._milvus.opening import first_answer
 from llama_index_milvus_async_ext._milvus.quiet import silence_pymilvus
-from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import warmed_up
 from llama_index_milvus_async_ext._milvus.session import Connected, close_with
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
-from llama_index_milvus_async_ext._nodes.rows import RowEncoder
-from llama_index_milvus_async_ext._store import tracing
+from llama_index_milvus_async_ext._store import making, tracing
 from llama_index_milvus_async_ext._store.existing import construct, existing, make_beside_others, needs_nothing
-from llama_index_milvus_async_ext._store.opening import arguments_of, check_hooks, fitted
+from llama_index_milvus_async_ext._store.opening import Known, arguments_of, check_hooks, fitted
 from llama_index_milvus_async_ext._store.statistics import StoreStatistics
+from llama_index_milvus_async_ext._store.write_lanes import RecentLane
 from llama_index_milvus_async_ext.retry import RetryPolicy
 
 T = TypeVar("T")
 
 _LIMITS_OF = attrgetter(*Limits._fields)
-# What decides which lane a store's rows take, besides their partition.
-_WRITE_SETTINGS_OF = attrgetter(
-    *("collection_name", "upsert_mode", "text_key", "doc_id_field", "enable_dense", "embedding_field"),
-    *("enable_sparse", "sparse_embedding_field", "sparse_embedding_function"),
-    *Limits._fields,
-)
 
 
 class OpenStore(MilvusVectorStore):
@@ -56,10 +48,15 @@ class OpenStore(MilvusVectorStore):
     max_batch_queries: int = Field(default=500, description="Queries in one search request at the most.")
     rpc_timeout_seconds: float = Field(default=30.0, description="Bound on one attempt of one request, in seconds.")
     retry: RetryPolicy = Field(default_factory=RetryPolicy, description="When failed requests are tried again.")
+    partition_key_field: str | None = Field(default=None, description="Field by whose value rows are partitioned.")
+    filterable_metadata: tuple[str, ...] | None = Field(
+        default=None, description="Metadata keys that are stored as fields to filter by; None for all."
+    )
 
     _settings: ConnectionSettings = PrivateAttr()
     _connected: Connected | None = PrivateAttr(default=None)
-    _recent_write_lane: tuple[tuple[Any, ...], Lane[Any, None]] | None = PrivateAttr(default=None)
+    _recent_write_lane: RecentLane | None = PrivateAttr(default=None)
+    _schema: dict[str, Any] | None = PrivateAttr(default=None)
 
     def __init__(
         self,
@@ -96,6 +93,9 @@ class OpenStore(MilvusVectorStore):
         max_batch_queries: int = 500,
         rpc_timeout_seconds: float = 30.0,
         retry: RetryPolicy | None = None,
+        partition_key_field: str | None = None,
+        filterable_metadata: Sequence[str] | None = None,
+        schema: CollectionSchema | dict[str, Any] | None = None,
         served_at: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -136,23 +136,30 @@ class OpenStore(MilvusVectorStore):
             hybrid_ranker=hybrid_ranker,
             hybrid_ranker_params=hybrid_ranker_params or {},
         )
+        schema, filterable = making.schema_of(schema), making.filterable_of(filterable_metadata)
+        making.check_arguments(arguments, partition_key_field, schema)
         settings = ConnectionSettings(uri, token, kwargs, served_at)
         endpoint = Endpoint.open(settings)
         try:
             with forks.quiet.busy(), endpoint.creating(), silence_pymilvus():
                 connection = endpoint.connection
-                if overwrite:
-                    found = None
-                else:
-                    found = first_answer(settings, lambda: existing(connection, collection_name, rpc_timeout_seconds))
+                find = functools.partial(existing, connection, collection_name, rpc_timeout_seconds)
+                found = None if overwrite else first_answer(settings, find)
+                if found is None and schema is not None:
+                    making.make_from(schema, connection.client, arguments, rpc_timeout_seconds)
+                    found, arguments["overwrite"] = find(), False
+                if found is not None:
+                    making.check_made(found.schema, arguments, partition_key_field, schema)
                 arguments |= fitted(found, arguments)
                 if found is not None and needs_nothing(type(self), found, arguments):
                     construct(self, arguments)
                 else:
                     where: dict[str, Any] = {"uri": endpoint.uri, "token": settings.token, "use_async_client": False}
                     make = functools.partial(super().__init__, **where, **arguments, **settings.client_options)
-                    make_beside_others(make, self._discard_made)
-                    connection.fetch_schema(collection_name, rpc_timeout_seconds)
+                    with making.partitioned_by(partition_key_field):
+                        make_beside_others(make, self._discard_made)
+                    made = connection.fetch_schema(collection_name, rpc_timeout_seconds)
+                    making.check_made(made, arguments, partition_key_field, schema)
         except BaseException:
             self._discard_made()
             endpoint.close()
@@ -160,7 +167,11 @@ class OpenStore(MilvusVectorStore):
         for name, value in own.items():
             setattr(self, name, value)
         self.uri = settings.uri
+        self.overwrite = overwrite
         self.retry = retry or RetryPolicy()
+        self.partition_key_field = partition_key_field
+        self.filterable_metadata = filterable
+        self._schema = making.described(schema) if schema is not None else None
         self._settings = settings
         self.use_async_client = use_async_client
         self._connected = Connected(endpoint, settings, self._made_by_upstream())
@@ -275,7 +286,7 @@ class OpenStore(MilvusVectorStore):
         if self._settings.is_file:  # in the child of a child, by the process that holds the file
             is_here = endpoint.uri == self._settings.uri
             served_at = f"{endpoint.connection.address}#{os.getpid()}" if is_here else self._settings.served_at
-        arguments = arguments_of(self) | self.limits._asdict() | {"served_at": served_at}
+        arguments = arguments_of(self) | self._own_arguments() | {"served_at": served_at}
         connection = (self._settings.uri, self._settings.token, self._settings.options)
         return (_rebuilt, (type(self), connection, arguments))
 
@@ -287,7 +298,23 @@ class OpenStore(MilvusVectorStore):
     def __copy__(self) -> Self:
         return self.__deepcopy__()
 
+    def _own_arguments(self) -> dict[str, Any]:
+        """The constructor's arguments that this class adds, as the store has them now."""
+        key = self.partition_key_field
+        return self.limits._asdict() | {
+            "partition_key_field": Known(key) if key is not None else None,
+            "filterable_metadata": self.filterable_metadata,
+            "schema": self._schema,
+        }
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """As upstream's, with the schema that was given, if one was."""
+        return super().to_dict(**kwargs) | ({"schema": self._schema} if self._schema is not None else {})
+
     # --- for this package
+
+    def _add_fields_to_schema(self, schema: CollectionSchema) -> CollectionSchema:
+        return making.with_partition_key(super()._add_fields_to_schema(schema))
 
     async def in_call(self, port: Port, function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         """One public call: whoever closes the store waits for its end."""
@@ -305,47 +332,11 @@ class OpenStore(MilvusVectorStore):
         """The bounds on this store's requests; for this package."""
         return Limits._make(_LIMITS_OF(self))
 
-    def write_lane(
-        self, endpoint: Endpoint, schema: Schema, partition: str, upsert: bool | None = None
-    ) -> Lane[Any, None]:
-        """The lane that this store's rows take now; for this package."""
-        # The last one, if nothing has changed: comparing the settings takes 0.6 us, looking a lane up by them 2 us.
-        key = (endpoint, schema, partition, upsert, _WRITE_SETTINGS_OF(self))
-        private: dict[str, Any] = self.__pydantic_private__ or {}  # as in `live`
-        recent = private["_recent_write_lane"]
-        if recent is None or recent[0] != key:
-            target = WriteTarget(
-                collection=self.collection_name,
-                partition=partition,
-                upsert=self.upsert_mode if upsert is None else upsert,
-                text_key=self.text_key,
-                doc_id_field=self.doc_id_field,
-                embedding_field=self.embedding_field if self.enable_dense else None,
-                sparse_field=self.sparse_embedding_field if self.sparse_encoder is not None else None,
-            )
-            lane = endpoint.write_lane(target, schema, self.limits, lambda: _encoder(target, schema))
-            recent = private["_recent_write_lane"] = (key, lane)
-        known: Lane[Any, None] = recent[1]
-        return known
-
     @property
     def sparse_encoder(self) -> BaseSparseEmbeddingFunction | None:
         """The function that computes sparse vectors in the client; None if Milvus does, or there are none."""
         function = self.sparse_embedding_function
         return function if self.enable_sparse and isinstance(function, BaseSparseEmbeddingFunction) else None
-
-
-def _encoder(target: WriteTarget, schema: Schema) -> Callable[[Any], tuple[Row, int]]:
-    """What turns a node, or a node with its sparse vector and its record, into a row."""
-    encoder = RowEncoder(
-        schema,
-        text_key=target.text_key,
-        doc_id_field=target.doc_id_field,
-        embedding_field=target.embedding_field,
-        sparse_field=target.sparse_field,
-        upsert=target.upsert,
-    )
-    return lambda item: encoder.encode(*item) if type(item) is tuple else encoder.encode(item)
 
 
 def _rebuilt(cls: type[OpenStore], connection: tuple[str, str, dict[str, Any]], arguments: dict[str, Any]) -> OpenStore:

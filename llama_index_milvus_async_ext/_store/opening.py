@@ -51,11 +51,11 @@ def check_hooks(cls: type) -> None:
             )
 
 
-class KnownMetric(str):
-    """The metric of a store that is opened again, as its copy or by another class.
+class Known(str):
+    """The metric, or the partition key, of a store that is opened again, as its copy or by another class.
 
-    It was not asked for: where the collection has another, that one is taken. The same holds for the dimension beside
-    it. Only a collection that has to be made anew is made with them.
+    It was not asked for: where the collection has another, that one is taken. The same holds for the dimension and the
+    schema beside it. Only a collection that has to be made anew is made with them.
     """
 
     __slots__ = ()
@@ -69,7 +69,7 @@ def arguments_of(store: MilvusVectorStore) -> dict[str, Any]:
     names = inspect.signature(MilvusVectorStore.__init__).parameters
     left_out = {"self", "kwargs", "uri", "token", "overwrite", "batch_size"}
     arguments = {name: getattr(store, name) for name in names if name not in left_out}
-    return arguments | {"similarity_metric": KnownMetric(store.similarity_metric)}
+    return arguments | {"similarity_metric": Known(store.similarity_metric)}
 
 
 def metric_for_new(metric: str | None, index_config: dict[str, Any] | None) -> str | None:
@@ -90,7 +90,7 @@ def fitted(found: Existing | None, arguments: dict[str, Any]) -> dict[str, Any]:
     Args:
         found: The collection as it is; None if it is made anew.
         arguments: The constructor's. `dim` and `similarity_metric` are None where the collection's are to be taken; a
-            `KnownMetric` is compared with nothing, nor is the dimension beside it.
+            `Known` is compared with nothing, nor is the dimension beside it.
 
     Raises:
         ValueError: The collection has another dimension or metric than those asked for, or lacks a field.
@@ -109,7 +109,7 @@ def fitted(found: Existing | None, arguments: dict[str, Any]) -> dict[str, Any]:
             f"embedding_field or sparse_embedding_field, {elsewhere}"
         )
     embedding_field = arguments["embedding_field"]
-    is_known = isinstance(metric, KnownMetric)
+    is_known = isinstance(metric, Known)
     stored_dim = found.schema.params(embedding_field).get("dim")
     if dim is not None and stored_dim is not None and dim != int(stored_dim) and not is_known:
         raise ValueError(

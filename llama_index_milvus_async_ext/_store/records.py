@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,10 +10,12 @@ from llama_index_milvus_async_ext._flow.stages import in_full
 from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus.endpoint import Call
 from llama_index_milvus_async_ext._milvus.errors import classify
+from llama_index_milvus_async_ext._milvus.literals import string_literal
 from llama_index_milvus_async_ext._milvus.query_request import LookedUp, Wanted
+from llama_index_milvus_async_ext._milvus.schema import PrimaryKey
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes.rows import RECORD_FIELD
-from llama_index_milvus_async_ext._queries.filters import ids_expression, keys_expression, string_literal
+from llama_index_milvus_async_ext._queries.filters import ids_expression, keys_expression
 from llama_index_milvus_async_ext._store import calls
 from llama_index_milvus_async_ext._store.paging import Cursor, next_page
 from llama_index_milvus_async_ext.retry import Verdict
@@ -81,12 +84,15 @@ class Records:
         store: The store.
         connected: Its connection, on which this call has begun.
         port: The caller's.
+        partition: The only partition to look at, and to delete from; empty for all.
     """
 
-    def __init__(self, store: OpenStore, connected: Connected, port: Port) -> None:
+    def __init__(self, store: OpenStore, connected: Connected, port: Port, partition: str = "") -> None:
         self._store = store
         self._connected = connected
         self._port = port
+        self._partition = partition or None
+        self._partitions = [partition] if partition else None
 
     async def rows_of(self, document_ids: Sequence[str]) -> StoredRows:
         """All rows of these documents, as they are now.
@@ -99,9 +105,7 @@ class Records:
         expression = ids_expression(self._store.doc_id_field, list(document_ids))
         key = (await calls.schema(self._store, self._connected, self._port)).primary_key
         try:
-            wanted = Wanted((key.name, self._store.doc_id_field), RECORD_FIELD)
-            look_up = calls.look_up(self._store.collection_name, expression, wanted)
-            found = await calls.call(self._store, self._connected, self._port, look_up)
+            found = await calls.call(self._store, self._connected, self._port, self._look_up(key, expression, {}))
         except Exception as error:
             # 2.3 servers answer with all dynamic fields of a row, the node's JSON included: too much for one answer.
             if classify(error) is not Verdict.TOO_LARGE:
@@ -132,7 +136,8 @@ class Records:
         fields, collection = [key.name, self._store.doc_id_field], self._store.collection_name
         found: dict[Any, str] = {}
         for some in calls.slices(list(keys)):
-            query = calls.query(collection, keys_expression(key, some), None, fields, consistency_level=_STRONG)
+            expression = keys_expression(key, some)
+            query = calls.query(collection, expression, self._partitions, fields, consistency_level=_STRONG)
             for row in await calls.call(self._store, self._connected, self._port, query):
                 found[row[key.name]] = row.get(self._store.doc_id_field) or ""
         return found
@@ -155,17 +160,13 @@ class Records:
         key = (await calls.schema(self._store, self._connected, self._port)).primary_key
         collection = self._store.collection_name
         for some in calls.slices(list(keys)):
-            delete = calls.delete(collection, keys_expression(key, some), None, {})
+            delete = calls.delete(collection, keys_expression(key, some), self._partition, {})
             await calls.call(self._store, self._connected, self._port, delete, changes=True)
 
     async def _pages(self, expression: str) -> AsyncIterator[StoredRows]:
         key = (await calls.schema(self._store, self._connected, self._port)).primary_key
-        wanted = Wanted((key.name, self._store.doc_id_field), RECORD_FIELD)
         cursor = Cursor(expression, _ROWS_PER_PAGE)
-
-        def ask(expression: str, options: dict[str, Any]) -> Call[LookedUp]:
-            return calls.look_up(self._store.collection_name, expression, wanted, **options)
-
+        ask = functools.partial(self._look_up, key)
         while True:
             found = await next_page(
                 self._store, self._connected, self._port, cursor, ask, lambda found, _: found.columns()[0]
@@ -174,3 +175,8 @@ class Records:
             if not page:
                 return
             yield page
+
+    def _look_up(self, key: PrimaryKey, expression: str, options: dict[str, Any]) -> Call[LookedUp]:
+        wanted = Wanted((key.name, self._store.doc_id_field), RECORD_FIELD)
+        collection, partitions = self._store.collection_name, self._partitions
+        return calls.look_up(collection, expression, wanted, partition_names=partitions, **options)

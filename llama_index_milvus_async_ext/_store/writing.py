@@ -18,6 +18,8 @@ from llama_index_milvus_async_ext._milvus.schema import Schema
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes import sparse
 from llama_index_milvus_async_ext._store import calls, tracing
+from llama_index_milvus_async_ext._store.partitions import check_partition
+from llama_index_milvus_async_ext._store.write_lanes import write_lane
 from llama_index_milvus_async_ext.events import MilvusWriteEvent
 from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 from llama_index_milvus_async_ext.retry import Verdict
@@ -95,18 +97,19 @@ class Write:
             if self._failures:
                 self._places = [place for place in range(len(self._nodes)) if place not in self._failures]
         self._schema = self._connected.endpoint.connection.known_schema(store.collection_name)
-        if self._schema is None:
-            try:
-                self._schema = await calls.schema(store, self._connected, self._port)
-            except MilvusException as error:  # nothing can be sent: that, too, is an outcome of each node
-                failure = Failure(error, 0, classify(error).retryable, False)
-                self._fail_others(failure)
-                return None
+        try:
+            await check_partition(store, self._connected, self._port, self._partition)
+            self._schema = self._schema or await calls.schema(store, self._connected, self._port)
+        except MilvusException as error:  # nothing can be sent: that, too, is an outcome of each node
+            failure = Failure(error, 0, classify(error).retryable, False)
+            self._fail_others(failure)
+            self._schema = None  # so that it is not tried again
+            return None
         return self._request(self._schema)
 
     def _request(self, schema: Schema, upsert: bool | None = None) -> Request:
         endpoint = self._connected.endpoint
-        lane = self._store.write_lane(endpoint, schema, self._partition, upsert or self._records is not None or None)
+        lane = write_lane(self._store, endpoint, schema, self._partition, upsert or self._records is not None or None)
         values: list[Any] = self._nodes
         if self._vectors is not None or self._records is not None:
             nothing = [None] * len(self._nodes)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from llama_index.core.schema import TextNode
-from llama_index.core.vector_stores.types import FilterCondition, MetadataFilter, MetadataFilters
+from llama_index.core.vector_stores.types import FilterCondition, MetadataFilter, MetadataFilters, VectorStoreQuery
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore
 from tests.conftest import Backend, MakeNodes
@@ -55,6 +55,21 @@ def calls(request: pytest.FixtureRequest, store: AsyncMilvusVectorStore) -> tupl
 
 def left_of(store: AsyncMilvusVectorStore, nodes: list[TextNode]) -> set[int]:
     return {node.metadata["number"] for node in store.get_nodes(node_ids=[node.node_id for node in nodes])}
+
+
+async def test_what_is_deleted_is_not_found_right_after_with_the_usual_consistency(
+    backend: Backend, collection_name: str, make_nodes: MakeNodes
+) -> None:
+    # A 2.3 server is up to 0.2 s behind, and says no time of a delete by which a read could wait for it.
+    nodes = make_nodes(3, dim=DIM)
+    async with AsyncMilvusVectorStore(backend.uri, collection_name=collection_name, dim=DIM) as store:
+        await store.async_add(nodes)
+        for node in nodes:
+            assert await store.aget_nodes([node.node_id])
+            await store.adelete_nodes([node.node_id])
+            assert await store.aget_nodes([node.node_id]) == []
+            query = VectorStoreQuery(query_embedding=node.embedding, similarity_top_k=1)
+            assert (await store.aquery(query)).ids != [node.node_id]
 
 
 def groups(*names: str) -> MetadataFilters:

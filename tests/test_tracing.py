@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -42,10 +40,8 @@ from tests.conftest import MakeNodes
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
 from tests.faults import Held, MilvusError, Nth, Refuse, collection_not_found, rate_limit
-from tests.test_readme import assert_promised_was_printed, snippets
 from tests.waiting import until
 
-GUIDE = (Path(__file__).resolve().parent.parent / "docs" / "guides" / "tracing.md").read_text(encoding="utf-8")
 DIM = 8
 WRITES = ("Insert", "Upsert")
 SEARCHES = ("Search",)
@@ -393,17 +389,3 @@ async def test_opentelemetry_exports_the_whole_trace_and_no_secret(
 
 
 # --- the guide
-
-
-async def test_the_guides_snippets_run_and_print_what_they_promise(
-    tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    for snippet in snippets(GUIDE):
-        code = snippet.compiled()
-        if not snippet.reason_not_to_run:
-            waiting = eval(code, namespace)
-            if inspect.iscoroutine(waiting):
-                await waiting
-            assert_promised_was_printed(snippet, capsys.readouterr().out)

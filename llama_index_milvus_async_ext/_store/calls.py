@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from llama_index_milvus_async_ext._lane.items import DeadlinePassedError, Submission
 from llama_index_milvus_async_ext._lane.port import Port
+from llama_index_milvus_async_ext._milvus import deleting
 from llama_index_milvus_async_ext._milvus.endpoint import Call, Endpoint
 from llama_index_milvus_async_ext._milvus.errors import DeadlineError, fresh
 from llama_index_milvus_async_ext._milvus.query_request import LookedUp, Wanted
@@ -80,8 +81,10 @@ def delete(collection: str, expression: str, partition: str | None, options: dic
             expressions = await _key_expressions(endpoint, collection, expression, partition, timeout)
         for each in expressions:
             await endpoint.connection.in_thread(
-                endpoint.connection.client.delete,
-                collection_name=collection,
+                deleting.delete,
+                endpoint.connection,
+                collection,
+                is_lite=endpoint.is_lite,
                 filter=each,
                 partition_name=partition,
                 **{"timeout": timeout, "retry_on_rate_limit": False, **options},

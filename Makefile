@@ -9,6 +9,7 @@ PYTEST_ARGS ?=
 TEST_PROCESSES ?= 3
 BENCH_ARGS ?=
 MUTANTS ?=
+VERSIONS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -17,11 +18,11 @@ export DOCS QUESTION URI TOKEN MODEL
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench soak mutants clean
+.PHONY: help demo test test-versions package bench soak mutants clean
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is:"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## real documents into Milvus and questions to them [DOCS=path QUESTION="..." URI=... TOKEN=... MODEL=...]
 	@set --; \
@@ -36,6 +37,12 @@ test: $(VENV)/.test milvus-server ## lint, types and all tests, against Milvus L
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-versions: $(VENV)/.versions package ## the tests on Milvus Lite with other Pythons, the lowest and newest dependencies [VERSIONS="lowest ..."]
+	$(BIN)/python -m tests.versions --processes $(TEST_PROCESSES) $(VERSIONS)
+
+package: $(VENV)/.versions ## build the package as for an index, look through it, install it into an empty environment, use it
+	$(BIN)/python -m tests.package
 
 bench: $(VENV)/.bench milvus-server ## measure against the plain store and against the server's ceiling [BENCH_ARGS=...]
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
@@ -69,6 +76,10 @@ $(VENV)/.test: $(VENV)/.demo pyproject.toml
 
 $(VENV)/.bench: $(VENV)/.created pyproject.toml
 	$(PIP) --editable ".[test,benchmarks]"
+	@touch $@
+
+$(VENV)/.versions: $(VENV)/.created
+	$(PIP) "build>=1.2" "twine>=6.1" "uv>=0.5"
 	@touch $@
 
 $(VENV)/.mutants: $(VENV)/.created pyproject.toml

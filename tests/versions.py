@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,16 +25,16 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDER = REPOSITORY / "build" / "versions"
 START, END = "<!-- versions:start -->", "<!-- versions:end -->"
-SHOWN = ["llama-index-core", "llama-index-vector-stores-milvus", "pymilvus", "milvus-lite", "tenacity", "tqdm"]
+# Those that the package itself asks for, in their order.
+DIRECT = re.findall(
+    r'^    "([\w-]+)',
+    (REPOSITORY / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("]")[0],
+    re.M,
+)
 COUNTS = ["passed", "failed", "skipped"]
 # Ray weighs more than all else, and its tests ask about Ray. A requirement for no Python at all takes it out.
 WITHOUT_RAY = "ray ; python_version < '3'"
-TESTS = [
-    *("-m", "not server and not slow"),
-    *("-p", "no:cacheprovider"),
-    # The oldest llama-index-core, imported with the newest pydantic.
-    *("-W", "default::pydantic.warnings.UnsupportedFieldAttributeWarning"),
-]
+TESTS = ["-m", "not server and not slow", "-p", "no:cacheprovider"]
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,10 @@ def installed(environment: Environment, python: str) -> Path:
 
 
 def tested(environment: Environment, python: Path, processes: str) -> dict[str, str]:
-    """A line of the table."""
+    """A column of the table."""
     packages = {
-        each["name"]: each["version"] for each in json.loads(uv("pip", "list", "--format=json", "--python", python))
+        each["name"]: each["version"]
+        for each in json.loads(uv("pip", "list", "--quiet", "--format=json", "--python", python))
     }
     report, said = FOLDER / f"{environment.name}.xml", FOLDER / f"{environment.name}.txt"
     report.unlink(missing_ok=True)
@@ -107,17 +109,17 @@ def tested(environment: Environment, python: Path, processes: str) -> dict[str, 
     settings = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NLTK_DATA": str(nltk_data)}
     with said.open("w") as output:
         subprocess.run(command, cwd=REPOSITORY, env=settings, stdout=output, stderr=subprocess.STDOUT)
-    line = {"environment": environment.name, "Python": told(python, "platform.python_version()")}
-    line |= {name: packages[name] for name in SHOWN}
+    column = {"": environment.name, "Python": told(python, "platform.python_version()")}
+    column |= {name: packages[name] for name in DIRECT}
     if not report.exists():  # it did not come to tests
         print(said.read_text()[-5000:])
-        return line | {"passed": "0", "failed": "all", "skipped": "0"}
+        return column | {"passed": "0", "failed": "all", "skipped": "0"}
     [suite] = ElementTree.parse(report).getroot().iter("testsuite")
     count = {key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
     if failed:
         print(said.read_text()[-20_000:])
-    return line | {
+    return column | {
         "passed": str(count["tests"] - failed - count["skipped"]),
         "failed": str(failed),
         "skipped": str(count["skipped"]),
@@ -131,9 +133,9 @@ def told(python: Path, expression: str) -> str:
     ).strip()
 
 
-def table(lines: list[dict[str, str]]) -> str:
-    heads = ["environment", "Python", *SHOWN, *COUNTS]
-    rows = [heads, ["---"] * len(heads), *([line.get(head, "") for head in heads] for line in lines)]
+def table(columns: list[dict[str, str]]) -> str:
+    rows = [[head, *(column[head] for column in columns)] for head in ("", "Python", *DIRECT, *COUNTS)]
+    rows.insert(1, ["---"] * len(rows[0]))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -150,7 +152,7 @@ def main() -> int:
         parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(names)}")
 
     FOLDER.mkdir(parents=True, exist_ok=True)
-    lines: list[dict[str, str]] = []
+    columns: list[dict[str, str]] = []
     for environment in ENVIRONMENTS:
         if arguments.names and environment.name not in arguments.names:
             continue
@@ -158,15 +160,15 @@ def main() -> int:
             print(f"{environment.name}: left out, there is no Python {environment.python} here", flush=True)
             continue
         begun = time.monotonic()
-        lines.append(tested(environment, installed(environment, python), arguments.processes))
-        outcome = ", ".join(f"{lines[-1][count]} {count}" for count in COUNTS)
+        columns.append(tested(environment, installed(environment, python), arguments.processes))
+        outcome = ", ".join(f"{columns[-1][count]} {count}" for count in COUNTS)
         print(f"{environment.name}: {outcome}, in {time.monotonic() - begun:.0f} s", flush=True)
-    print(f"\n{table(lines)}")
-    if arguments.into and lines:
+    print(f"\n{table(columns)}")
+    if arguments.into and columns:
         page = arguments.into.read_text(encoding="utf-8")
         before, after = page.partition(START)[0], page.partition(END)[2]
-        arguments.into.write_text(f"{before}{START}\n{table(lines)}\n{END}{after}", encoding="utf-8")
-    return 0 if lines and all(line["failed"] == "0" for line in lines) else 1
+        arguments.into.write_text(f"{before}{START}\n{table(columns)}\n{END}{after}", encoding="utf-8")
+    return 0 if columns and all(column["failed"] == "0" for column in columns) else 1
 
 
 if __name__ == "__main__":

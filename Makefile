@@ -18,7 +18,7 @@ export DOCS QUESTION URI TOKEN MODEL
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-versions package bench soak mutants clean
+.PHONY: help demo test bench soak mutants clean
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is:"
@@ -38,12 +38,6 @@ test: $(VENV)/.test milvus-server ## lint, types and all tests, against Milvus L
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-test-versions: $(VENV)/.versions package ## the tests on Milvus Lite with other Pythons, the lowest and newest dependencies [VERSIONS="lowest ..."]
-	$(BIN)/python -m tests.versions --processes $(TEST_PROCESSES) $(VERSIONS)
-
-package: $(VENV)/.versions ## build the package as for an index, look through it, install it into an empty environment, use it
-	$(BIN)/python -m tests.package
-
 bench: $(VENV)/.bench milvus-server ## measure against the plain store and against the server's ceiling [BENCH_ARGS=...]
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
@@ -53,6 +47,13 @@ soak: $(VENV)/.bench milvus-server ## ten minutes of mixed writes, deletes and s
 mutants: $(VENV)/.mutants ## put mistakes into the pure parts, one at a time: which does no test notice? [MUTANTS="..."]
 	$(BIN)/python -m mutmut run $(MUTANTS)
 	$(BIN)/python -m mutmut results
+
+.PHONY: test-versions package
+test-versions: $(VENV)/.versions package ## the tests on Milvus Lite with other Pythons, the lowest and newest dependencies [VERSIONS="lowest ..."]
+	$(BIN)/python -m tests.versions --processes $(TEST_PROCESSES) $(VERSIONS)
+
+package: $(VENV)/.versions ## build the package as for an index, look through it, install it into an empty environment, use it
+	$(BIN)/python -m tests.package
 
 clean: ## remove the environments, caches and the demo's database
 	rm -rf $(VENV) .venv-milvus build dist mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.db

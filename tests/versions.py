@@ -49,7 +49,6 @@ class Environment:
 
 ENVIRONMENTS = [
     Environment("lowest", "3.10", lowest=True),
-    Environment("newest-3.10", "3.10"),
     Environment("newest-3.12", "3.12"),
     Environment("newest-3.13", "3.13"),
     Environment("pymilvus-3", "3.13", overrides=("pymilvus>=3,<4",)),

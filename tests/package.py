@@ -63,6 +63,8 @@ def checked_metadata(wheel: Path, source: Path) -> email.message.Message:
         if link.startswith(repository):
             path = re.sub(r"^/(blob|raw)/HEAD/", "", link.removeprefix(repository)).partition("#")[0]
             assert (REPOSITORY / path.lstrip("/")).exists(), f"the README links to {path}, which is not there"
+    pictures = [link for link in re.findall(r"!\[[^\]]*\]\(([^)\s]+)", page) if link.startswith(repository)]
+    assert not [link for link in pictures if "/blob/" in link], "a picture's link leads to a page about the picture"
     return metadata
 
 

@@ -9,6 +9,7 @@ PYTEST_ARGS ?=
 TEST_PROCESSES ?= 3
 BENCH_ARGS ?=
 MUTANTS ?=
+VERSIONS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -21,7 +22,7 @@ export DOCS QUESTION URI TOKEN MODEL
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is:"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## real documents into Milvus and questions to them [DOCS=path QUESTION="..." URI=... TOKEN=... MODEL=...]
 	@set --; \
@@ -51,6 +52,13 @@ mutants: $(VENV)/.mutants ## put mistakes into the pure parts, one at a time: wh
 	$(BIN)/python -m mutmut run $(MUTANTS)
 	$(BIN)/python -m mutmut results
 
+.PHONY: test-versions package
+test-versions: $(VENV)/.versions package ## the tests on Milvus Lite with other Pythons, the lowest and newest dependencies [VERSIONS="lowest ..."]
+	$(BIN)/python -m tests.versions --processes $(TEST_PROCESSES) $(VERSIONS)
+
+package: $(VENV)/.versions ## build the package as for an index, look through it, install it into an empty environment, use it
+	$(BIN)/python -m tests.package
+
 clean: ## remove the environments, caches and the demo's database
 	rm -rf $(VENV) .venv-milvus build dist mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.db
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -77,6 +85,10 @@ $(VENV)/.docs: $(VENV)/.created pyproject.toml
 
 $(VENV)/.bench: $(VENV)/.created pyproject.toml
 	$(PIP) --editable ".[test,benchmarks]"
+	@touch $@
+
+$(VENV)/.versions: $(VENV)/.created
+	$(PIP) "build>=1.2" "twine>=6.1" "uv>=0.5"
 	@touch $@
 
 $(VENV)/.mutants: $(VENV)/.created pyproject.toml

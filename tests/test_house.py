@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import llama_index_milvus_async_ext as package
 
 HOME = Path(package.__file__).parent
+PYPROJECT = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
+# Packages that are not called as what they bring.
+BROUGHT_BY = {
+    "grpc": "grpcio",
+    "llama_index.core": "llama-index-core",
+    "llama_index.vector_stores": "llama-index-vector-stores-milvus",
+    "pydantic_core": "pydantic",
+}
 MODULES = sorted(HOME.rglob("*.py"))
 # From the top down: a room imports those below it, and itself.
 FLOORS = [
@@ -41,6 +51,15 @@ def imports_of(path: Path) -> set[str]:
     }
 
 
+def modules_of(path: Path) -> set[str]:
+    return {
+        name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names])
+    }
+
+
 def test_imports_point_down() -> None:
     for path in MODULES:
         relative = path.relative_to(HOME)
@@ -54,19 +73,21 @@ def test_imports_point_down() -> None:
 def test_only_one_room_knows_pymilvus_internals_and_the_lane_knows_no_milvus() -> None:
     for path in MODULES:
         relative = path.relative_to(HOME)
-        modules = {
-            name
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, (ast.Import, ast.ImportFrom))
-            for name in (
-                [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
-            )
-        }
-        outside = {name for name in modules if name.split(".")[0] in ("pymilvus", "grpc", "milvus_lite")}
+        outside = {name for name in modules_of(path) if name.split(".")[0] in ("pymilvus", "grpc", "milvus_lite")}
         if relative.parts[0] in ("_lane", "retry.py"):
             assert not outside, f"{relative} imports {outside}"
         elif relative.parts[0] != "_milvus":
             assert outside <= {"pymilvus", "pymilvus.exceptions"}, f"{relative} imports {outside}"
+
+
+def test_what_is_imported_is_asked_for() -> None:
+    asked_for = set(re.findall(r'^    "([\w-]+)', PYPROJECT.partition("\ndependencies = [")[2].partition("]")[0], re.M))
+    used = set()
+    for name in set().union(*map(modules_of, MODULES)):
+        top = ".".join(name.split(".")[: 2 if name.startswith("llama_index.") else 1])
+        if top not in sys.stdlib_module_names and top != package.__name__:
+            used.add(BROUGHT_BY.get(top, top.replace("_", "-")))
+    assert used == asked_for
 
 
 def test_the_core_of_the_lane_is_pure() -> None:

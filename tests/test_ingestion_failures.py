@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -246,7 +247,8 @@ def test_raising_comes_after_all_that_can_be_done(store: AsyncMilvusVectorStore,
     assert (report.ok, report.documents) == (False, 8)
     lines = str(raised.value).splitlines()
     assert lines[0] == "5 of 8 documents were not ingested:"
-    assert lines[1] == "  document 'bad0', transform: ValueError: this line can't be split"
+    # They are split beside each other: which of them fails first, nobody knows.
+    assert re.fullmatch(r"  document 'bad[0-4]', transform: ValueError: this line can't be split", lines[1])
     assert lines[4] == "  and 2 more"
     assert isinstance(raised.value.__cause__, ValueError)
     copied = pickle.loads(pickle.dumps(raised.value))

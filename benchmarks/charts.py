@@ -14,6 +14,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from benchmarks.measure import ratios
+
 _PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 _OURS, _UPSTREAM, _CEILING, _CPU = "#1f77b4", "#b0b0b0", "#2ca02c", "#ff7f0e"
 
@@ -91,7 +93,8 @@ def _bars(axes: Axes, title: str, count: int, bars: dict[str, tuple[list[float],
     above = [max(values) - medians[name] for name, values in rates.items()]
     colors = [color for _, color in bars.values()]
     drawn = axes.bar(list(bars), list(medians.values()), color=colors, yerr=[below, above], capsize=3)
-    factor = medians["this package"] / medians["plain store"]
+    ours, plain = rates["this package"], rates["plain store"]
+    factor = statistics.median(ratios(ours, plain))  # as in the table
     labels = [f"{rate:,.0f}" + (f"\n{factor:.1f}x" if name == "this package" else "") for name, rate in medians.items()]
     axes.bar_label(drawn, labels, padding=4)
     axes.set_title(title, fontsize=10)
@@ -168,10 +171,10 @@ def _cost_per_row(series: dict[str, Any], path: Path) -> Path:
         axes.fill_between(sizes, [min(v) for v in costs], [max(v) for v in costs], color=color, alpha=0.15)
     axes.set(xscale="log", xlabel="rows in one call", ylabel="µs per row")
     axes.xaxis.set_major_formatter(_PLAIN_NUMBERS)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
     axes.set_title("Cost of a row against the size of the write", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper center", ncols=2, fontsize=9)
     return _save(figure, path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -214,9 +215,33 @@ async def test_a_partition_that_is_not_there_is_named_with_what_to_do(open_store
     make_partitions(store, "gone")
     for call in calls:
         call()
-    for names in ([], "here"):
+    for names in ([], "here", (name for name in ["here"])):
         with pytest.raises(ValueError, match=r"milvus_partition_names (is empty|must be a list)"):
             store.query(query_of(), milvus_partition_names=names)
+
+
+def test_what_is_named_otherwise_than_a_call_takes_it_is_refused_and_not_passed_over(open_store: Open) -> None:
+    store = open_store()
+    make_partitions(store, "a", "b")
+    for tenant in "ab":
+        store.add(nodes_of(tenant, 3), milvus_partition_name=tenant)
+    reads: list[Callable[..., Any]] = [
+        functools.partial(store.query, query_of()),
+        functools.partial(store.get_nodes, ["a-0"]),
+        store.iter_nodes,
+    ]
+    for read in reads:
+        with pytest.raises(ValueError, match="reads take milvus_partition_names, a list"):
+            read(milvus_partition_name="a")
+    changes = [functools.partial(store.delete_nodes, ["a-0"]), functools.partial(store.delete, "a"), store.add]
+    for change in changes:
+        with pytest.raises(ValueError, match="take milvus_partition_name, one name"):
+            change(*([nodes_of("a", 1)] if change == store.add else []), milvus_partition_names=["a"])
+    names, seen = ["a"], []
+    for node in store.iter_nodes(batch_size=1, milvus_partition_names=names):
+        names.clear()  # the list is the caller's: the iteration has one of its own
+        seen.append(node.node_id)
+    assert seen == [node.node_id for node in nodes_of("a", 3)]
 
 
 def test_no_partition_can_be_named_where_there_is_a_partition_key(open_store: Open) -> None:

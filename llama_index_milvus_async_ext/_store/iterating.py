@@ -20,7 +20,7 @@ from llama_index_milvus_async_ext._queries.filters import filter_expression
 from llama_index_milvus_async_ext._queries.plan import node_fields
 from llama_index_milvus_async_ext._store import calls
 from llama_index_milvus_async_ext._store.paging import MOST_ROWS, Cursor, next_page
-from llama_index_milvus_async_ext._store.partitions import check_partitions
+from llama_index_milvus_async_ext._store.partitions import check_partitions, partitions_of
 
 if TYPE_CHECKING:
     from llama_index_milvus_async_ext._store.open_store import OpenStore
@@ -54,7 +54,7 @@ class Iteration:
         self._filters = filters
         self._batch_size = batch_size
         self._embeddings = embeddings
-        self._partitions = options.get("milvus_partition_names")
+        self._partitions = partitions_of(options)
         self._cursor: Cursor | None = None
 
     async def anodes(self, store: OpenStore) -> AsyncGenerator[BaseNode, None]:

@@ -17,7 +17,7 @@ from llama_index_milvus_async_ext._queries.filters import filter_expression, ids
 from llama_index_milvus_async_ext._store import calls
 from llama_index_milvus_async_ext._store.iterating import rows
 from llama_index_milvus_async_ext._store.paging import Cursor
-from llama_index_milvus_async_ext._store.partitions import check_partition, check_partitions
+from llama_index_milvus_async_ext._store.partitions import check_partitions, partition_of, partitions_of
 from llama_index_milvus_async_ext.retry import Verdict
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ async def get_nodes(
     if node_ids is not None and filters is not None and filters.filters:
         raise QueryError("give node_ids or filters, not both")
     expressions, key_name = await _expressions(store, connected, port, node_ids, filters)
-    partitions = options.get("milvus_partition_names")
+    partitions = partitions_of(options)
     await check_partitions(store, connected, port, partitions)
     nodes: list[BaseNode] = []
     for expression in expressions:
@@ -97,9 +97,9 @@ async def _delete(
     expressions: Sequence[str],
     options: dict[str, Any],
 ) -> None:
-    others = dict(options)
-    partition = others.pop("milvus_partition_name", None)
-    await check_partition(store, connected, port, partition)
+    partition = partition_of(options) or None
+    others = {name: value for name, value in options.items() if not name.startswith("milvus_partition_name")}
+    await check_partitions(store, connected, port, [partition] if partition else None)
     for expression in expressions:
         delete = calls.delete(store.collection_name, expression, partition, others)
         await calls.call(store, connected, port, delete, changes=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_index_milvus_async_ext._lane.port import Port
@@ -15,38 +15,46 @@ if TYPE_CHECKING:
     from llama_index_milvus_async_ext._store.open_store import OpenStore
 
 
-async def check_partition(store: OpenStore, connected: Connected, port: Port, name: Any) -> None:
-    """Refuse a partition to write to, or to delete from, as `milvus_partition_name`; nothing names the default one.
+# The names are taken from a call's options here, and nowhere else: what a call looks in must not be more than it says.
+
+
+def partition_of(options: Mapping[str, Any]) -> str:
+    """The partition to write to, or to delete from; "" for the default one, or for all.
 
     Raises:
-        QueryError: It is not there, or the collection's rows find their partitions by themselves.
+        QueryError: It is no name, or stands under the name of what reads take.
     """
-    if not name:
-        return
+    if options.get("milvus_partition_names") is not None:
+        raise QueryError("writes and deletes take milvus_partition_name, one name, and not milvus_partition_names")
+    name = options.get("milvus_partition_name") or ""
     if not isinstance(name, str):
         raise QueryError(f"milvus_partition_name must be the name of one partition, got {name!r}")
-    await _check(store, connected, port, [name])
+    return name
 
 
-async def check_partitions(store: OpenStore, connected: Connected, port: Port, names: Any) -> None:
-    """Refuse partitions to look in, as `milvus_partition_names`; None names all.
+def partitions_of(options: Mapping[str, Any]) -> list[str] | None:
+    """The partitions to look in, as a list of their own; None for all.
 
     Raises:
-        QueryError: As `check_partition`; or the list is none, or empty: Milvus would look in all partitions then.
+        QueryError: They are no list, or stand under the name of what writes take; or the list is empty: Milvus would
+            look in all partitions then.
     """
+    if options.get("milvus_partition_name") is not None:
+        raise QueryError("reads take milvus_partition_names, a list, and not milvus_partition_name")
+    names = options.get("milvus_partition_names")
     if names is None:
-        return
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        return None
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
         raise QueryError(f"milvus_partition_names must be a list of names of partitions, got {names!r}")
     if not names:
         raise QueryError(
             "milvus_partition_names is empty, and Milvus would look in all partitions: leave it out for that, or name "
             "those to look in"
         )
-    await _check(store, connected, port, names)
+    return list(names)
 
 
-async def _check(store: OpenStore, connected: Connected, port: Port, names: Sequence[str]) -> None:
+async def check_partitions(store: OpenStore, connected: Connected, port: Port, names: Sequence[str] | None) -> None:
     """Refuse partitions that are not there: Milvus Lite would find nothing in them, without a word.
 
     Those that are known to be there are not asked for again.
@@ -55,6 +63,8 @@ async def _check(store: OpenStore, connected: Connected, port: Port, names: Sequ
         QueryError: One is not there, or the collection's rows find their partitions by themselves.
         MilvusException: They could not be asked for.
     """
+    if not names:
+        return
     collection = store.collection_name
     schema = await calls.schema(store, connected, port)
     if schema.partition_key is not None:

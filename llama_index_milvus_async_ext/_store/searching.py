@@ -16,7 +16,7 @@ from llama_index_milvus_async_ext._nodes import sparse
 from llama_index_milvus_async_ext._queries.plan import SearchPlan, check_mode, mode_name, needs_sparse, plan_search
 from llama_index_milvus_async_ext._queries.results import result_of
 from llama_index_milvus_async_ext._store import calls
-from llama_index_milvus_async_ext._store.partitions import check_partitions
+from llama_index_milvus_async_ext._store.partitions import check_partitions, partitions_of
 
 if TYPE_CHECKING:
     from llama_index_milvus_async_ext._store.open_store import OpenStore
@@ -30,13 +30,14 @@ async def search(
     options: dict[str, Any],
 ) -> list[VectorStoreQueryResult]:
     """Answer queries, in as few requests as their settings allow; one result per query, in their order."""
+    options = options | {"milvus_partition_names": partitions_of(options)}
     texts = _texts(store, queries)
     vectors: dict[int, Any] = dict(texts)
     encoder = store.sparse_encoder
     if texts and encoder is not None:
         encoded = await sparse.of_queries(encoder, list(texts.values()), port.awaits)
         vectors |= zip(texts, encoded, strict=True)
-    await check_partitions(store, connected, port, options.get("milvus_partition_names"))
+    await check_partitions(store, connected, port, options["milvus_partition_names"])
     schema = await calls.schema(store, connected, port)
     try:
         plans = _plans(store, connected, schema, queries, vectors, options)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from llama_index.core.schema import BaseNode, TextNode
 from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
 from pymilvus import DataType, MilvusClient
+from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore
 from llama_index_milvus_async_ext._milvus.errors import QueryError
@@ -265,6 +266,33 @@ def test_a_collection_of_other_make_by_its_own_key(backend: Backend, collection_
                 (str(key), f"text {key}") for key in sorted(keys)
             ]
             assert all((node.embedding is not None) == embeddings for node in found)
+
+
+@pytest.mark.parametrize("key", ["pk", "id"])
+def test_a_collection_that_is_made_anew_under_it_is_noticed(
+    lite_uri: str, collection_name: str, make_nodes: MakeNodes, key: str
+) -> None:
+    """Else an export would end early, and look complete."""
+
+    def make_anew() -> None:
+        schema = client.create_schema(enable_dynamic_field=True)
+        schema.add_field(key, DataType.INT64, is_primary=True)
+        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=8)
+        index = client.prepare_index_params()
+        index.add_index("embedding", index_type="FLAT", metric_type="IP")
+        client.drop_collection(collection_name)
+        client.create_collection(collection_name, schema=schema, index_params=index)
+        client.insert(collection_name, [{key: n, "text": "new", "embedding": [1.0] * 8} for n in range(3)])
+
+    with AsyncMilvusVectorStore(lite_uri, collection_name=collection_name, dim=8) as store:
+        client = store.client
+        store.add(make_nodes(9, prefix="n"))
+        under_way = store.iter_nodes(batch_size=3)
+        next(under_way)
+        make_anew()
+        with pytest.raises(MilvusException, match=r"made anew meanwhile|incompatible types"):
+            list(under_way)
+        assert ids_of(store.iter_nodes()) == ["0", "1", "2"], "another one begins with what is there now"
 
 
 # --- the cursor

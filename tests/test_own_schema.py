@@ -172,6 +172,19 @@ def test_what_a_schema_lacks_is_named_before_anything_is_made(
         AsyncMilvusVectorStore(lite_uri, collection_name="never_made", schema=given, **arguments)
 
 
+def test_a_schema_is_compared_with_the_collection_that_is_there(lite_uri: str, collection_name: str) -> None:
+    wider = FIELDS | {"embedding": {"datatype": DataType.FLOAT_VECTOR, "dim": 3}}
+    keyed = FIELDS | {"year": OWN["year"], "tags": OWN["tags"]}
+    keyed |= {"doc_id": FIELDS["doc_id"] | {"is_partition_key": True}}
+    with AsyncMilvusVectorStore(lite_uri, collection_name=collection_name, schema=schema_of()):
+        for fields, says in (
+            (wider, "has 2 dimensions, where schema= has 3"),
+            (keyed, "key is None, where schema= has"),
+        ):
+            with pytest.raises(ValueError, match=says):
+                AsyncMilvusVectorStore(lite_uri, collection_name=collection_name, schema=schema_of(fields))
+
+
 def test_a_schema_must_have_the_partition_key_that_is_asked_for(lite_uri: str, collection_name: str) -> None:
     with pytest.raises(ValueError, match="partition_key_field='tenant', but schema= has no partition key"):
         AsyncMilvusVectorStore(

@@ -244,6 +244,17 @@ def test_what_is_named_otherwise_than_a_call_takes_it_is_refused_and_not_passed_
     assert seen == [node.node_id for node in nodes_of("a", 3)]
 
 
+def test_a_partition_that_was_dropped_is_not_there_any_more(open_store: Open, backend: Backend) -> None:
+    store = open_store()
+    make_partitions(store, "a")
+    store.add(nodes_of("a", 1), milvus_partition_name="a")
+    if backend.name != "lite":
+        store.client.release_partitions(store.collection_name, ["a"])
+    store.client.drop_partition(store.collection_name, "a")
+    with pytest.raises(MilvusException, match=r"no partition 'a'|a not found"):
+        store.query(query_of(), milvus_partition_names=["a"])
+
+
 def test_no_partition_can_be_named_where_there_is_a_partition_key(open_store: Open) -> None:
     """Milvus Lite would take the name, and put the row elsewhere."""
     store = open_store(partition_key_field="tenant")

@@ -106,6 +106,11 @@ class Schema:
         return next((f["name"] for f in self.described["fields"] if f.get("is_partition_key")), None)
 
     @property
+    def identity(self) -> tuple[Any, ...]:
+        """What a collection keeps as long as nobody makes it anew."""
+        return self.primary_key, self.described.get("collection_id")
+
+    @property
     def has_sparse(self) -> bool:
         """Whether a row brings a sparse vector."""
         return any(f["type"] == DataType.SPARSE_FLOAT_VECTOR for f in self.fields)

@@ -54,6 +54,11 @@ async def schema_again(store: OpenStore, connected: Connected, port: Port, known
     return await call(store, connected, port, connected.endpoint.refreshed_schema(store.collection_name))
 
 
+async def schema_now(store: OpenStore, connected: Connected, port: Port) -> Schema:
+    """The schema of the store's collection, asked for now; the very same object as before if nothing has changed."""
+    return await call(store, connected, port, connected.endpoint.refreshed_schema(store.collection_name))
+
+
 async def clear(store: OpenStore, connected: Connected, port: Port) -> None:
     """Drop the store's collection."""
     await call(store, connected, port, drop(store.collection_name), changes=True)

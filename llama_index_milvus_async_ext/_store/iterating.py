@@ -13,6 +13,7 @@ from llama_index_milvus_async_ext._lane.port import LoopPort, Port, run
 from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
 from llama_index_milvus_async_ext._milvus.endpoint import Call
 from llama_index_milvus_async_ext._milvus.errors import QueryError
+from llama_index_milvus_async_ext._milvus.schema import Schema
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes.stored import stored_node
 from llama_index_milvus_async_ext._queries.filterable import check_filterable
@@ -56,6 +57,7 @@ class Iteration:
         self._embeddings = embeddings
         self._partitions = partitions_of(options)
         self._cursor: Cursor | None = None
+        self._schema: Schema | None = None  # as it was at the beginning
 
     async def anodes(self, store: OpenStore) -> AsyncGenerator[BaseNode, None]:
         """The nodes, on the running event loop."""
@@ -70,16 +72,21 @@ class Iteration:
 
     async def next_nodes(self, store: OpenStore, connected: Connected, port: Port) -> Iterator[BaseNode] | None:
         """The nodes of the next page, each built when it is asked for; None after the last page."""
-        if self._cursor is None:
+        if self._cursor is None or self._schema is None:
             is_lite = connected.endpoint.is_lite
             rows_at_once = self._batch_size or (ROWS_ON_LITE if is_lite else ROWS_ON_SERVER)
             self._cursor = Cursor(filter_expression(self._filters, is_lite=is_lite), rows_at_once)
             await check_partitions(store, connected, port, self._partitions)
-            check_filterable(store, await calls.schema(store, connected, port), self._filters)
-        schema = await calls.schema(store, connected, port)
+            self._schema = await calls.schema_now(store, connected, port)
+            check_filterable(store, self._schema, self._filters)
+        schema = self._schema
         fields = None if self._embeddings else list(node_fields(store, schema))
         found = await rows(store, connected, port, self._cursor, self._partitions, fields)
-        return (stored_node(store, row, schema.primary_key.name) for row in found) if found else None
+        if found:
+            return (stored_node(store, row, schema.primary_key.name) for row in found)
+        if (await calls.schema_now(store, connected, port)).identity != schema.identity:
+            raise _made_anew(store)
+        return None
 
 
 async def rows(
@@ -95,6 +102,16 @@ async def rows(
     def ask(expression: str, options: dict[str, Any]) -> Call[list[dict[str, Any]]]:
         return calls.query(store.collection_name, expression, partitions, fields, **options)
 
-    return await next_page(
-        store, connected, port, cursor, ask, lambda found, key_name: [row[key_name] for row in found]
+    def keys_of(found: list[dict[str, Any]], key_name: str) -> list[Any]:
+        try:
+            return [row[key_name] for row in found]
+        except KeyError:
+            raise _made_anew(store) from None
+
+    return await next_page(store, connected, port, cursor, ask, keys_of)
+
+
+def _made_anew(store: OpenStore) -> QueryError:
+    return QueryError(
+        f"collection {store.collection_name!r} was made anew meanwhile, and not all rows were seen; repeat it"
     )

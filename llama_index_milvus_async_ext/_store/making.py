@@ -10,6 +10,7 @@ from typing import Any
 from pymilvus import CollectionSchema, DataType, MilvusClient
 
 from llama_index_milvus_async_ext._milvus.schema import ID_FIELD, Schema
+from llama_index_milvus_async_ext._queries.filters import path_of
 from llama_index_milvus_async_ext._store.existing import make_beside_others
 from llama_index_milvus_async_ext._store.opening import Known, metric_for_new
 
@@ -48,7 +49,7 @@ def schema_of(given: CollectionSchema | dict[str, Any] | None) -> CollectionSche
     Raises:
         TypeError: It is none.
     """
-    if isinstance(given, dict):
+    if isinstance(given, dict) and "fields" in given:
         return CollectionSchema.construct_from_dict(given)
     if given is not None and not isinstance(given, CollectionSchema):
         raise TypeError(f"schema must be a pymilvus.CollectionSchema, got {type(given).__name__}")
@@ -69,12 +70,15 @@ def filterable_of(keys: Sequence[str] | None) -> tuple[str, ...] | None:
     """The constructor's `filterable_metadata`.
 
     Raises:
-        TypeError: It is no list of keys.
+        TypeError, ValueError: It is no list of keys.
     """
     if keys is None:
         return None
-    if isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
+    if not isinstance(keys, (list, tuple, set, frozenset)) or not all(isinstance(key, str) for key in keys):
         raise TypeError(f"filterable_metadata must be a list of metadata keys, got {keys!r}")
+    for key in keys:
+        if (path := path_of(key)) is not None and len(path) > 1:
+            raise ValueError(f"filterable_metadata has {key!r}, which is a path in filters; name the key {path[0]!r}")
     return tuple(keys)
 
 
@@ -147,6 +151,17 @@ def check_made(
             raise ValueError(
                 f"collection {collection!r} exists, and its field {field.name!r} is {has}, where schema= has "
                 f"{field.dtype.name}; leave schema= out, or choose another collection_name"
+            )
+        has_dim, wants_dim = found.params(field.name).get("dim"), field.params.get("dim")
+        if wants_dim is not None and has_dim is not None and int(has_dim) != int(wants_dim):
+            raise ValueError(
+                f"collection {collection!r} exists, and its field {field.name!r} has {has_dim} dimensions, where "
+                f"schema= has {wants_dim}; leave schema= out, or choose another collection_name"
+            )
+        if field.is_partition_key and found.partition_key != field.name:
+            raise ValueError(
+                f"collection {collection!r} exists, and its partition key is {found.partition_key!r}, where schema= "
+                f"has {field.name!r}; leave schema= out, or choose another collection_name"
             )
 
 

@@ -57,7 +57,7 @@ def partitions_of(options: Mapping[str, Any]) -> list[str] | None:
 async def check_partitions(store: OpenStore, connected: Connected, port: Port, names: Sequence[str] | None) -> None:
     """Refuse partitions that are not there: Milvus Lite would find nothing in them, without a word.
 
-    Those that are known to be there are not asked for again.
+    Those that a server is known to have are not asked for again.
 
     Raises:
         QueryError: One is not there, or the collection's rows find their partitions by themselves.
@@ -74,7 +74,8 @@ async def check_partitions(store: OpenStore, connected: Connected, port: Port, n
             f"collection {collection!r} has the partition key {schema.partition_key!r}, which decides where each row "
             f"is, so that no partition can be named: leave it out, and filter by {schema.partition_key!r}"
         )
-    if schema.partitions.issuperset(names):
+    # A server refuses what was dropped since; Milvus Lite finds nothing there.
+    if schema.partitions.issuperset(names) and not connected.endpoint.is_lite:
         return
     schema.partitions = frozenset(await calls.call(store, connected, port, _partitions(collection)))
     missing = next((name for name in names if name not in schema.partitions), None)

@@ -139,7 +139,8 @@ async def cancelled_midway(
     try:
         return await writing, time.perf_counter() - began
     except asyncio.CancelledError as cancelled:
-        report: WriteReport = cancelled.report  # type: ignore[attr-defined]
+        report = WriteReport.of(cancelled)
+        assert report is not None
         return report, time.perf_counter() - began
 
 

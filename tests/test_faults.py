@@ -293,7 +293,8 @@ def test_random_scripts_leave_every_outcome_known_and_true(
         try:
             return await writing
         except asyncio.CancelledError as cancelled:
-            report: WriteReport = cancelled.report  # type: ignore[attr-defined]
+            report = WriteReport.of(cancelled)
+            assert report is not None
             return report
 
     report = asyncio.run(scenario())

@@ -257,6 +257,23 @@ def test_a_fork_during_the_first_search_leaves_the_child_searching(uri: str) -> 
         assert outcome(program, uri, seconds) == "0"
 
 
+def test_an_iteration_under_way_goes_on_in_the_child_and_in_the_parent(uri: str) -> None:
+    program = """
+        under_way = store.iter_nodes(batch_size=3)
+        seen = [next(under_way).node_id for _ in range(4)]
+        child = os.fork()
+        if not child:
+            signal.alarm(15)  # ends one that hangs, with a status
+        seen += [node.node_id for node in under_way]
+        assert seen == sorted(f"first-{n}" for n in range(20)), seen
+        if not child:
+            os._exit(0)
+        print(os.waitpid(child, 0)[1], flush=True)
+        os._exit(0)
+    """
+    assert outcome(program, uri) == "0"
+
+
 def test_a_client_of_pymilvus_in_a_child_is_the_childs_own(uri: str) -> None:
     """Whoever asked for it, under whichever name, before the fork."""
     program = """

@@ -24,7 +24,7 @@ from llama_index_milvus_async_ext._ingest.transforming import Transforming
 from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._store import calls
-from llama_index_milvus_async_ext._store.partitions import check_partitions
+from llama_index_milvus_async_ext._store.partitions import check_partition
 from llama_index_milvus_async_ext.ingestion_report import FailedDocument, IngestionError, IngestionReport
 from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
 from llama_index_milvus_async_ext.writer import AsyncMilvusWriter
@@ -201,7 +201,7 @@ async def _run(
         async with _opened(job) as store:
             connected, port = store.live(), LoopPort.current()
             with connected.held(port), IoThread.get().taking_turns():
-                await check_partitions(store, connected, port, [job.partition] if job.partition else None)
+                await check_partition(store, connected, port, job.partition)
                 schema = await calls.schema(store, connected, port)
                 if not schema.dynamic:
                     raise ValueError(

@@ -89,7 +89,7 @@ def test_what_is_known_of_indexes_is_the_same_by_the_public_client(backend: Back
     ) as store:
         connection = store.live().endpoint.connection
         quick = connection.metrics(collection_name, 10)
-        connection._searcher = lambda _: None  # type: ignore[method-assign]
+        connection.stub_method = lambda _: None  # type: ignore[method-assign]
         assert quick == connection.metrics(collection_name, 10) == {"embedding": "COSINE"}
         assert existing.existing(connection, "absent", 10) is None
 

@@ -97,5 +97,5 @@ async def test_a_pymilvus_of_other_insides_is_asked_publicly(
 ) -> None:
     nodes: list[BaseNode] = list(make_nodes(20))
     async with filled(backend, collection_name, nodes) as (_, records):
-        monkeypatch.setattr(Connection, "_searcher", lambda *_: None)
+        monkeypatch.setattr(Connection, "stub_method", lambda *_: None)
         assert len(await records.rows_of(sorted({str(node.ref_doc_id) for node in nodes}))) == 20

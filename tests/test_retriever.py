@@ -49,7 +49,7 @@ def no_llm(monkeypatch: pytest.MonkeyPatch) -> None:
 def way_to_milvus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests as they are sent, and as they would be with a pymilvus whose insides are others."""
     if request.param == "the public client":
-        monkeypatch.setattr(Connection, "_searcher", lambda *_: None)
+        monkeypatch.setattr(Connection, "stub_method", lambda *_: None)
         monkeypatch.setattr(Connection, "_sender", lambda *_: None)
 
 

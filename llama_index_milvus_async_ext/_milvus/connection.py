@@ -148,7 +148,7 @@ class Connection:
 
     def _described_indexes(self, collection: str, timeout: float) -> list[dict[str, Any]] | None:
         """All of them by one answer; None if that can't be had, and the public client is to ask, with its repeats."""
-        describe = self._searcher("DescribeIndex")
+        describe = self.stub_method("DescribeIndex")
         if describe is None:
             return None
         request = milvus_pb2.DescribeIndexRequest(collection_name=collection)
@@ -210,7 +210,7 @@ class Connection:
             StatusFailure: Milvus rejected the request.
             RpcFailure: gRPC could not carry it, or its answer.
         """
-        send = self._searcher("Search" if group.hybrid is None else "HybridSearch")
+        send = self.stub_method("Search" if group.hybrid is None else "HybridSearch")
         found: Answer | list[Hits]
         if send is None:
             found = await self._search_by_public_client(group, queries, ranker, timeout)
@@ -235,7 +235,7 @@ class Connection:
             MilvusException: Milvus rejected the request.
             RpcFailure: gRPC could not carry it, or its answer.
         """
-        send = self._searcher("Query")
+        send = self.stub_method("Query")
         if send is not None:
             answer = await self._call(send, query_request(collection, expression, wanted, options), timeout)
             self._check(answer.status)
@@ -286,8 +286,8 @@ class Connection:
         self._is_closed = True
         self.client.close()
 
-    def _searcher(self, method: str) -> Any:
-        """What sends requests for searches and look-ups: the method of pymilvus's stub; None if it can't be had."""
+    def stub_method(self, method: str) -> Any:
+        """What sends requests and gives their answers: a method of pymilvus's stub; None if it can't be had."""
         return getattr(getattr(getattr(self.client, "_handler", None), "_stub", None), method, None)
 
     def _sender(self, method: str) -> Any:

@@ -30,7 +30,7 @@ def delete(connection: Connection, collection: str, *, is_lite: bool, timeout: f
         MilvusException: Milvus rejected the request, or could not be reached.
     """
     connection.client.delete(collection_name=collection, timeout=timeout, **options)
-    ask = getattr(getattr(getattr(connection.client, "_handler", None), "_stub", None), "AllocTimestamp", None)
+    ask = connection.stub_method("AllocTimestamp")
     if ask is not None and not is_lite:
         with contextlib.suppress(grpc.RpcError):  # an older server has no such method
             answer = ask(milvus_pb2.AllocTimestampRequest(), timeout=timeout)

@@ -38,9 +38,7 @@ async def call(store: OpenStore, connected: Connected, port: Port, what: Call[T]
 async def schema(store: OpenStore, connected: Connected, port: Port) -> Schema:
     """The schema of the store's collection, asked for once."""
     known = connected.endpoint.connection.known_schema(store.collection_name)
-    if known is not None:
-        return known
-    return await call(store, connected, port, connected.endpoint.refreshed_schema(store.collection_name))
+    return known if known is not None else await schema_now(store, connected, port)
 
 
 async def schema_again(store: OpenStore, connected: Connected, port: Port, known: Schema) -> Schema:
@@ -51,7 +49,7 @@ async def schema_again(store: OpenStore, connected: Connected, port: Port, known
     now = connected.endpoint.connection.known_schema(store.collection_name)
     if now is not None and now is not known:
         return now
-    return await call(store, connected, port, connected.endpoint.refreshed_schema(store.collection_name))
+    return await schema_now(store, connected, port)
 
 
 async def schema_now(store: OpenStore, connected: Connected, port: Port) -> Schema:

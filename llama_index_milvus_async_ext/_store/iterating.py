@@ -18,9 +18,9 @@ from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes.stored import stored_node
 from llama_index_milvus_async_ext._queries.filterable import check_filterable
 from llama_index_milvus_async_ext._queries.filters import filter_expression
-from llama_index_milvus_async_ext._queries.plan import node_fields
+from llama_index_milvus_async_ext._queries.plan import MAX_TOP_K, node_fields
 from llama_index_milvus_async_ext._store import calls
-from llama_index_milvus_async_ext._store.paging import MOST_ROWS, Cursor, next_page
+from llama_index_milvus_async_ext._store.paging import Cursor, next_page
 from llama_index_milvus_async_ext._store.partitions import check_partitions, partitions_of
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class Iteration:
     def __init__(
         self, filters: MetadataFilters | None, batch_size: int | None, embeddings: bool, options: dict[str, Any]
     ) -> None:
-        if batch_size is not None and not 0 < index(batch_size) <= MOST_ROWS:
-            raise QueryError(f"batch_size must be between 1 and {MOST_ROWS}, got {batch_size}")
+        if batch_size is not None and not 0 < index(batch_size) <= MAX_TOP_K:
+            raise QueryError(f"batch_size must be between 1 and {MAX_TOP_K}, got {batch_size}")
         self._filters = filters
         self._batch_size = batch_size
         self._embeddings = embeddings

@@ -17,7 +17,12 @@ from llama_index_milvus_async_ext._queries.filters import filter_expression, ids
 from llama_index_milvus_async_ext._store import calls
 from llama_index_milvus_async_ext._store.iterating import rows
 from llama_index_milvus_async_ext._store.paging import Cursor
-from llama_index_milvus_async_ext._store.partitions import check_partitions, partition_of, partitions_of
+from llama_index_milvus_async_ext._store.partitions import (
+    check_partition,
+    check_partitions,
+    partition_of,
+    partitions_of,
+)
 from llama_index_milvus_async_ext.retry import Verdict
 
 if TYPE_CHECKING:
@@ -97,11 +102,11 @@ async def _delete(
     expressions: Sequence[str],
     options: dict[str, Any],
 ) -> None:
-    partition = partition_of(options) or None
+    partition = partition_of(options)
     others = {name: value for name, value in options.items() if not name.startswith("milvus_partition_name")}
-    await check_partitions(store, connected, port, [partition] if partition else None)
+    await check_partition(store, connected, port, partition)
     for expression in expressions:
-        delete = calls.delete(store.collection_name, expression, partition, others)
+        delete = calls.delete(store.collection_name, expression, partition or None, others)
         await calls.call(store, connected, port, delete, changes=True)
 
 

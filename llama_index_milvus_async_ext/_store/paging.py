@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MOST_ROWS = 16_384  # of a Milvus server, per query
 # As pymilvus's own iterator asks: without them Milvus Lite, and servers from 2.4 on, give any rows, in any order.
 _IN_ORDER = {"iterator": "True", "reduce_stop_for_best": "True"}
 

@@ -54,6 +54,11 @@ def partitions_of(options: Mapping[str, Any]) -> list[str] | None:
     return list(names)
 
 
+async def check_partition(store: OpenStore, connected: Connected, port: Port, name: str) -> None:
+    """As `check_partitions`, for the one to write to, or to delete from; "" needs no check."""
+    await check_partitions(store, connected, port, [name] if name else None)
+
+
 async def check_partitions(store: OpenStore, connected: Connected, port: Port, names: Sequence[str] | None) -> None:
     """Refuse partitions that are not there: Milvus Lite would find nothing in them, without a word.
 

@@ -30,14 +30,16 @@ async def search(
     options: dict[str, Any],
 ) -> list[VectorStoreQueryResult]:
     """Answer queries, in as few requests as their settings allow; one result per query, in their order."""
-    options = options | {"milvus_partition_names": partitions_of(options)}
+    partitions = partitions_of(options)
+    if partitions is not None:
+        options = options | {"milvus_partition_names": partitions}
     texts = _texts(store, queries)
     vectors: dict[int, Any] = dict(texts)
     encoder = store.sparse_encoder
     if texts and encoder is not None:
         encoded = await sparse.of_queries(encoder, list(texts.values()), port.awaits)
         vectors |= zip(texts, encoded, strict=True)
-    await check_partitions(store, connected, port, options["milvus_partition_names"])
+    await check_partitions(store, connected, port, partitions)
     schema = await calls.schema(store, connected, port)
     try:
         plans = _plans(store, connected, schema, queries, vectors, options)

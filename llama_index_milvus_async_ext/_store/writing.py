@@ -18,7 +18,7 @@ from llama_index_milvus_async_ext._milvus.schema import Schema
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes import sparse
 from llama_index_milvus_async_ext._store import calls, tracing
-from llama_index_milvus_async_ext._store.partitions import check_partitions, partition_of
+from llama_index_milvus_async_ext._store.partitions import check_partition, partition_of
 from llama_index_milvus_async_ext._store.write_lanes import write_lane
 from llama_index_milvus_async_ext.events import MilvusWriteEvent
 from llama_index_milvus_async_ext.report import FailedNode, WriteReport
@@ -98,7 +98,7 @@ class Write:
                 self._places = [place for place in range(len(self._nodes)) if place not in self._failures]
         self._schema = self._connected.endpoint.connection.known_schema(store.collection_name)
         try:
-            await check_partitions(store, self._connected, self._port, [self._partition] if self._partition else None)
+            await check_partition(store, self._connected, self._port, self._partition)
             self._schema = self._schema or await calls.schema(store, self._connected, self._port)
         except MilvusException as error:  # nothing can be sent: that, too, is an outcome of each node
             failure = Failure(error, 0, classify(error).retryable, False)

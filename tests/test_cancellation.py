@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import json
@@ -22,10 +23,9 @@ from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 from pymilvus import MilvusClient
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy, WriteReport
-from llama_index_milvus_async_ext._flow.threads import WaitingThread
+from llama_index_milvus_async_ext._flow.arrivals import take
 from llama_index_milvus_async_ext._lane.items import CancelledCallError
 from llama_index_milvus_async_ext._lane.port import LoopPort
-from llama_index_milvus_async_ext._lane.thread_port import Voyage
 from tests import programs
 from tests.conftest import MakeNodes
 from tests.embedding import HashEmbedding
@@ -492,19 +492,20 @@ async def test_ctrl_c_leaves_the_report(proxy: FaultProxy, make_store: Any, held
 # --- blocking calls
 
 
-def ctrl_c_once(condition: Callable[[], bool]) -> contextlib.AbstractContextManager[None]:
+def ctrl_c_once(
+    condition: Callable[[], bool], press: Callable[[], None] = press_ctrl_c
+) -> contextlib.AbstractContextManager[None]:
     """Ctrl-C in the main thread, once it waits for an outcome and a condition holds."""
     main = threading.main_thread().ident or 0
 
     def is_due() -> bool:
-        return sys._current_frames()[main].f_code in (Voyage.wait.__code__, WaitingThread.run.__code__) and condition()
+        return sys._current_frames()[main].f_code is take.__code__ and condition()
 
-    def press() -> None:
-        for _ in range(2):  # in case it had only just begun to wait
-            blocked_until(is_due)
-        press_ctrl_c()
+    def press_in_time() -> None:
+        blocked_until(is_due)
+        press()
 
-    return beside(press)
+    return beside(press_in_time)
 
 
 class PacedEmbedding(HashEmbedding):
@@ -613,10 +614,12 @@ def check_the_first_ten_are_written(report: WriteReport | None, nodes: list[Any]
     assert [f.node for f in report.failed] == nodes[20:]
 
 
-async def test_ctrl_c_aborts_a_blocking_search(proxy: FaultProxy, make_store: Any) -> None:
+# As a signal that came just before the system began to wait: the handler is due, but nothing ends the wait.
+@pytest.mark.parametrize("press", [press_ctrl_c, _thread.interrupt_main])
+async def test_ctrl_c_aborts_a_blocking_search(proxy: FaultProxy, make_store: Any, press: Callable[[], None]) -> None:
     store = make_store()
     proxy.script(Drop(), method="Search")
-    with pytest.raises(KeyboardInterrupt), ctrl_c_once(lambda: proxy.in_flight("Search") == 1):
+    with pytest.raises(KeyboardInterrupt), ctrl_c_once(lambda: proxy.in_flight("Search") == 1, press):
         store.query(query_of("any"))
     await until(lambda: proxy.requests_of("Search")[0].code is grpc.StatusCode.CANCELLED)
     await until(lambda: store.statistics().in_flight == 0)

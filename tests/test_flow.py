@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextvars
 import threading
@@ -337,7 +338,8 @@ def test_what_the_coroutine_raises_is_raised_by_the_waiting_thread() -> None:
         WaitingThread().run(fail)
 
 
-def test_an_interruption_waits_until_the_coroutine_it_cancels_has_ended() -> None:
+@pytest.mark.parametrize("interrupt", [press_ctrl_c, _thread.interrupt_main])
+def test_an_interruption_waits_until_the_coroutine_it_cancels_has_ended(interrupt: Callable[[], None]) -> None:
     has_ended: list[str] = []
     waits = threading.Event()
 
@@ -352,7 +354,7 @@ def test_an_interruption_waits_until_the_coroutine_it_cancels_has_ended() -> Non
 
     def press() -> None:
         waits.wait(30)
-        press_ctrl_c()
+        interrupt()
 
     with beside(press), pytest.raises(KeyboardInterrupt):
         WaitingThread().run(wait)
@@ -405,7 +407,7 @@ def test_an_interruption_before_the_coroutine_has_begun_cancels_it_too() -> None
             super()._cancel(beside)
 
     class Interrupting:
-        def get(self) -> Any:
+        def get(self, timeout: float) -> Any:
             raise KeyboardInterrupt
 
         def put(self, _: object) -> None: ...

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
+from llama_index_milvus_async_ext._flow.arrivals import take
+
 T = TypeVar("T")
 
 _CANCEL_SECONDS = 10.0  # what a cancelled flow may take to end; more only if it can't
@@ -126,7 +128,7 @@ class WaitingThread:
         beside = threading.Thread(target=run, args=(self._run, make), name=f"{here.name}-flow", daemon=daemon)
         try:
             beside.start()  # which waits for it to begin, and may be interrupted
-            while (call := self._calls.get()) is not None:
+            while (call := take(self._calls)) is not None:
                 call.make()
         except BaseException:
             self._cancel(beside)

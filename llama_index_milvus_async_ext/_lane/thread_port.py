@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from llama_index_milvus_async_ext._flow.arrivals import take
 from llama_index_milvus_async_ext._lane.items import Submission
 from llama_index_milvus_async_ext._lane.journey import Journey, Request
 from llama_index_milvus_async_ext._lane.thread import IoThread
@@ -68,7 +69,7 @@ class Voyage:
                 self._io.blocked.add(thread)
             self.begin()
             if not self.has_arrived:
-                self._arrivals.get()
+                take(self._arrivals)
         except BaseException as interruption:
             interruption.submissions = self.cancel()  # type: ignore[attr-defined]
             raise

@@ -13,6 +13,7 @@ import tenacity
 from pymilvus import MilvusClient
 from pymilvus.exceptions import ConnectError, MilvusException
 
+from llama_index_milvus_async_ext._flow.arrivals import take
 from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.connection import Connection
@@ -102,7 +103,7 @@ def _on_another_thread(settings: ConnectionSettings, connect: Callable[[], Conne
 
     threading.Thread(target=work, name="milvus-open", daemon=True).start()
     try:
-        connected = outcome.get()
+        connected = take(outcome)
     except BaseException:
         threading.Thread(target=give_up, name="milvus-close", daemon=True).start()
         raise

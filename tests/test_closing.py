@@ -191,7 +191,7 @@ async def model() -> AsyncIterator[GatedEmbedding]:
 
 async def refuses_calls(store: AsyncMilvusVectorStore) -> None:
     """Return once the store takes no new calls: it is being closed."""
-    for _ in range(500):
+    for _ in range(3_000):
         try:
             await store.aget_nodes(node_ids=["any"])
         except RuntimeError:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     """Return once `condition` holds; fails after `seconds`."""
     for _ in range(int(seconds / 0.01)):
         if condition():
@@ -19,7 +19,7 @@ async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     raise AssertionError(f"it did not happen in {seconds:g} seconds")
 
 
-def blocked_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def blocked_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     """As `until`, for a thread."""
     for _ in range(int(seconds / 0.01)):
         if condition():

@@ -183,6 +183,11 @@ def test_a_schema_is_compared_with_the_collection_that_is_there(lite_uri: str, c
         ):
             with pytest.raises(ValueError, match=says):
                 AsyncMilvusVectorStore(lite_uri, collection_name=collection_name, schema=schema_of(fields))
+        plain = MilvusVectorStore(lite_uri, collection_name=collection_name, dim=2, use_async_client=False)
+        with pytest.raises(ValueError, match="key is None, where schema= has 'doc_id'"):
+            AsyncMilvusVectorStore.from_vector_store(plain, schema=schema_of(keyed))
+        AsyncMilvusVectorStore.from_vector_store(plain, schema=schema_of()).close()
+        plain.client.close()
 
 
 def test_a_schema_must_have_the_partition_key_that_is_asked_for(lite_uri: str, collection_name: str) -> None:

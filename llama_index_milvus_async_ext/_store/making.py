@@ -122,27 +122,27 @@ def check_arguments(
 
 
 def check_made(
-    found: Schema, arguments: dict[str, Any], partition_key_field: str | None, schema: CollectionSchema | None
+    found: Schema, collection: str, partition_key_field: str | None, schema: CollectionSchema | None
 ) -> None:
     """Refuse a collection that is not as it was asked for.
 
     Args:
         found: The collection as it is.
-        arguments: The constructor's that are upstream's.
+        collection: Its name.
         partition_key_field: The constructor's; a `Known` one is compared with nothing.
-        schema: The constructor's; compared with nothing if `similarity_metric` is `Known`.
+        schema: The one that is asked for, if one is.
 
     Raises:
         ValueError: It has another partition key, or other fields.
     """
-    collection, key = arguments["collection_name"], partition_key_field
+    key = partition_key_field
     if key is not None and not isinstance(key, Known) and found.partition_key != key:
         has = f"the partition key {found.partition_key!r}" if found.partition_key else "no partition key"
         raise ValueError(
             f"collection {collection!r} has {has}, but partition_key_field={key!r} is asked for; a collection keeps "
             "what it was made with: leave it out, or choose another collection_name"
         )
-    if schema is None or isinstance(arguments["similarity_metric"], Known):
+    if schema is None:
         return
     there = {field["name"]: field["type"] for field in found.described["fields"]}
     for field in schema.fields:

@@ -136,6 +136,7 @@ class OpenStore(MilvusVectorStore):
             hybrid_ranker=hybrid_ranker,
             hybrid_ranker_params=hybrid_ranker_params or {},
         )
+        asked = schema if isinstance(schema, CollectionSchema) else None  # a copy's is a dict: it was not asked for
         schema, filterable = making.schema_of(schema), making.filterable_of(filterable_metadata)
         making.check_arguments(arguments, partition_key_field, schema)
         settings = ConnectionSettings(uri, token, kwargs, served_at)
@@ -149,7 +150,7 @@ class OpenStore(MilvusVectorStore):
                     making.make_from(schema, connection.client, arguments, rpc_timeout_seconds)
                     found, arguments["overwrite"] = find(), False
                 if found is not None:
-                    making.check_made(found.schema, arguments, partition_key_field, schema)
+                    making.check_made(found.schema, collection_name, partition_key_field, asked)
                 arguments |= fitted(found, arguments)
                 if found is not None and needs_nothing(type(self), found, arguments):
                     construct(self, arguments)
@@ -159,7 +160,7 @@ class OpenStore(MilvusVectorStore):
                     with making.partitioned_by(partition_key_field):
                         make_beside_others(make, self._discard_made)
                     made = connection.fetch_schema(collection_name, rpc_timeout_seconds)
-                    making.check_made(made, arguments, partition_key_field, schema)
+                    making.check_made(made, collection_name, partition_key_field, asked)
         except BaseException:
             self._discard_made()
             endpoint.close()

@@ -119,7 +119,8 @@ async def aingest(
         IngestionError: With `on_failure="raise"`, if any document failed; it carries the report. (From
             `llama_index_milvus_async_ext.ingestion`.)
         ValueError, TypeError: The pipeline does not say where nodes go, or the collection can't hold the record.
-        BaseException: A cancellation carries the report so far in its attribute `report`.
+        BaseException: A cancellation carries the report so far in its attribute `report`; `IngestionReport.of(error)`
+            finds it behind other errors, too.
     """
     _check(documents, on_failure)
     job = job_of(

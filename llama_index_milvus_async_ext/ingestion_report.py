@@ -6,7 +6,7 @@ import pickle
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llama_index_milvus_async_ext.report import WriteReport
+from llama_index_milvus_async_ext.report import WriteReport, carried_by
 
 _EXAMPLES_IN_MESSAGE = 3
 
@@ -65,6 +65,18 @@ class IngestionReport:
     def documents(self) -> int:
         """How many documents the run has dealt with, those that failed included."""
         return self.added + self.replaced + self.unchanged + sum(each.document_id is not None for each in self.failed)
+
+    @classmethod
+    def of(cls, error: BaseException) -> IngestionReport | None:
+        """The report that an error carries, or one of the errors behind it; None if there is none.
+
+            except TimeoutError as error:  # of asyncio.timeout around `aingest`
+                report = IngestionReport.of(error)
+
+        Whatever ends an ingestion early carries the report so far in its attribute `report`, but `asyncio.timeout` and
+        others raise another error, behind which it stands: see `WriteReport.of`.
+        """
+        return carried_by(error, cls)
 
     def raise_for_failures(self) -> None:
         """Raise `IngestionError` if anything failed.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_index.core.schema import BaseNode
 from pymilvus.exceptions import MilvusException
+
+R = TypeVar("R")
 
 _EXAMPLES_IN_MESSAGE = 3
 _UNEXPECTED = 65535  # Milvus's code for what has no other
@@ -67,18 +69,7 @@ class WriteReport:
         `KeyboardInterrupt`, the error of a failed flush. But `asyncio.timeout`, `asyncio.wait_for`, `asyncio.run` at
         Ctrl-C, and on Python 3.10 whoever awaits a cancelled task, raise another error, behind which it stands.
         """
-        waiting: list[BaseException | None] = [error]
-        seen: set[int] = set()
-        while waiting:
-            current = waiting.pop()
-            if current is None or id(current) in seen:
-                continue
-            seen.add(id(current))
-            report = getattr(current, "report", None)
-            if isinstance(report, cls):
-                return report
-            waiting += [*getattr(current, "exceptions", ()), current.__context__, current.__cause__]
-        return None
+        return carried_by(error, cls)
 
     @classmethod
     def merged(cls, reports: Iterable[WriteReport], elapsed_seconds: float) -> WriteReport:
@@ -142,3 +133,19 @@ class WriteError(MilvusException):
             lines.append(f"  and {len(lost) - _EXAMPLES_IN_MESSAGE} more")
         lines.append("All of them, with their errors, are in the .report of this error.")
         return "\n".join(lines)
+
+
+def carried_by(error: BaseException, kind: type[R]) -> R | None:
+    """The report of a kind that an error carries, or one of the errors behind it; None if there is none."""
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        report = getattr(current, "report", None)
+        if isinstance(report, kind):
+            return report
+        waiting += [*getattr(current, "exceptions", ()), current.__context__, current.__cause__]
+    return None

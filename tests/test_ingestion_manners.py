@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import io
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -332,4 +333,26 @@ async def test_a_cancelled_run_does_not_wait_for_a_source_that_blocks(store: Asy
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    may_go.set()
+
+
+async def test_the_report_is_found_behind_the_error_of_a_time_out(store: AsyncMilvusVectorStore) -> None:
+    may_go, is_written = threading.Event(), threading.Event()
+
+    def stalling() -> Iterator[Document]:
+        yield docs(1)[0]
+        while not list(store.iter_nodes()):
+            time.sleep(0.01)
+        is_written.set()
+        may_go.wait(30)
+
+    async def with_time_out() -> None:
+        running = asyncio.ensure_future(aingest(writing_to(store), stalling()))
+        await until(is_written.is_set)
+        await asyncio.wait_for(running, 1.0)
+
+    with pytest.raises(asyncio.TimeoutError) as ended:
+        await with_time_out()
+    report = IngestionReport.of(ended.value)
+    assert report is not None and report.added == 1
     may_go.set()

@@ -10,7 +10,7 @@ import pytest
 from llama_index.core.schema import TextNode
 from pymilvus.exceptions import MilvusException
 
-from llama_index_milvus_async_ext import FailedNode, WriteError, WriteReport
+from llama_index_milvus_async_ext import FailedNode, IngestionReport, WriteError, WriteReport
 
 
 def lost(id_: str, error: BaseException | None = None) -> FailedNode:
@@ -75,15 +75,17 @@ def grouped(error: BaseException) -> BaseException:
         lambda error: grouped(hidden(error)),
     ],
 )
-def test_a_report_is_found_behind_any_error(behind: Any) -> None:
+@pytest.mark.parametrize(("kind", "other"), [(WriteReport, IngestionReport), (IngestionReport, WriteReport)])
+def test_a_report_is_found_behind_any_error(behind: Any, kind: Any, other: Any) -> None:
     carrier = KeyboardInterrupt()
-    carrier.report = report = WriteReport(["a"])  # type: ignore[attr-defined]
+    carrier.report = report = kind()  # type: ignore[attr-defined]
     error = behind(carrier)
-    assert WriteReport.of(error) is report
+    assert kind.of(error) is report
     carrier.__cause__ = error  # and round in a circle
-    assert WriteReport.of(error) is report
+    assert kind.of(error) is report
+    assert other.of(error) is None
     carrier.report = SimpleNamespace(written=["a"])  # type: ignore[attr-defined]
-    assert WriteReport.of(error) is None, "the report of something else"
+    assert kind.of(error) is None, "the report of something else"
 
 
 def test_a_write_error_names_the_first_ones_and_how_many_more() -> None:

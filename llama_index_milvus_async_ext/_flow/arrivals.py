@@ -1,9 +1,10 @@
-"""Waiting for what another thread puts into a queue."""
+"""Waiting for what comes from another thread."""
 
 from __future__ import annotations
 
 import contextlib
 import queue
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -18,3 +19,10 @@ def take(arrivals: queue.SimpleQueue[T]) -> T:
     while True:
         with contextlib.suppress(queue.Empty):
             return arrivals.get(timeout=_HEARS_SECONDS)
+
+
+def settled(outcome: Future[T]) -> T:
+    """The result, however long that takes, or its error; Ctrl-C is heard meanwhile."""
+    while not outcome.done():
+        wait([outcome], _HEARS_SECONDS)
+    return outcome.result()

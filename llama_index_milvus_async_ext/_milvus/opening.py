@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 import grpc
@@ -13,7 +13,7 @@ import tenacity
 from pymilvus import MilvusClient
 from pymilvus.exceptions import ConnectError, MilvusException
 
-from llama_index_milvus_async_ext._flow.arrivals import take
+from llama_index_milvus_async_ext._flow.arrivals import settled
 from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.connection import Connection
@@ -85,31 +85,28 @@ def _explained(settings: ConnectionSettings, connect: Callable[[], T]) -> T:
 
 def _on_another_thread(settings: ConnectionSettings, connect: Callable[[], Connection]) -> Connection:
     """Connect to a file, where no Ctrl-C comes in between: half opened, Milvus Lite would hold it for ever."""
-    outcome: queue.SimpleQueue[Connection | BaseException] = queue.SimpleQueue()
+    outcome: Future[Connection] = Future()
 
     def work() -> None:
         try:
             with lite.files:
-                outcome.put(connect())
+                outcome.set_result(connect())
         except BaseException as error:
-            outcome.put(error)
+            outcome.set_exception(error)
 
     def give_up() -> None:
-        connected = outcome.get()
-        if isinstance(connected, Connection):
+        if outcome.exception() is None:
             with lite.files:
-                connected.close()
+                outcome.result().close()
                 lite.release(settings.uri)
 
     threading.Thread(target=work, name="milvus-open", daemon=True).start()
     try:
-        connected = take(outcome)
+        return settled(outcome)
     except BaseException:
-        threading.Thread(target=give_up, name="milvus-close", daemon=True).start()
+        if not outcome.done() or outcome.exception() is None:
+            threading.Thread(target=give_up, name="milvus-close", daemon=True).start()
         raise
-    if isinstance(connected, Connection):
-        return connected
-    raise connected
 
 
 def _is_unavailable(error: BaseException) -> bool:

@@ -140,12 +140,14 @@ class AsyncMilvusRetriever(BaseRetriever):
         return _all_or_first_error(await asyncio.gather(*map(self.aretrieve, bundles), return_exceptions=True))
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        with self._vector_store.live().held(ThreadPort()):
-            embedding = query_bundle.embedding
-            if self._embeds and embedding is None and query_bundle.embedding_strs:
-                embedding = self._embed_model.get_agg_embedding_from_queries(query_bundle.embedding_strs)
-            query = self._vector_store_query(query_bundle, embedding)
-            return _scored(self._vector_store.query(query, **self._kwargs))
+        return self._vector_store.live().while_held(ThreadPort(), lambda: self._retrieved(query_bundle))
+
+    def _retrieved(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        embedding = query_bundle.embedding
+        if self._embeds and embedding is None and query_bundle.embedding_strs:
+            embedding = self._embed_model.get_agg_embedding_from_queries(query_bundle.embedding_strs)
+        query = self._vector_store_query(query_bundle, embedding)
+        return _scored(self._vector_store.query(query, **self._kwargs))
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         with self._vector_store.live().held(LoopPort.current()):

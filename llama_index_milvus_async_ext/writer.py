@@ -108,11 +108,14 @@ class AsyncMilvusWriter(TransformComponent):
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Write nodes, blocking; see the class. The embedding model's blocking method is called, in this thread."""
         connected = self.vector_store.live()
-        with connected.held(ThreadPort()), self._call(connected, nodes) as call:
+        connected.while_held(ThreadPort(), lambda: self._write(connected, nodes))
+        return nodes
+
+    def _write(self, connected: Connected, nodes: Sequence[BaseNode]) -> None:
+        with self._call(connected, nodes) as call:
             here = WaitingThread()
             embed = blocking(self.embed_model, here) if self.embed_model is not None else None
             here.run(lambda _: _on_this_loop(call, embed))
-        return self._finish(nodes)
 
     @dispatcher.span
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
@@ -127,11 +130,11 @@ class AsyncMilvusWriter(TransformComponent):
             contextlib.closing(OwnThread("milvus-embed")) as aside,
         ):
             await call.run(port, awaiting(self.embed_model, aside) if self.embed_model is not None else None)
-        return self._finish(nodes)
+        return nodes
 
     @contextlib.contextmanager
     def _call(self, connected: Connected, nodes: Sequence[BaseNode]) -> Iterator[EmbedAndWrite]:
-        """A call, whose report is kept however it ends."""
+        """A call, whose report is kept however it ends; it raises for failed nodes, if it is to."""
         turns = IoThread.get().taking_turns() if self.embed_model is not None else contextlib.nullcontext()
         what = "Embedding and writing" if self.embed_model is not None else "Writing"
         with tqdm(total=len(nodes), desc=f"{what} to Milvus", unit="node", disable=not self.show_progress) as bar:
@@ -143,12 +146,9 @@ class AsyncMilvusWriter(TransformComponent):
             except BaseException as interruption:
                 interruption.report = self._last_report = call.report()  # type: ignore[attr-defined]
                 raise
-            self._last_report = call.report()
-
-    def _finish(self, nodes: Sequence[BaseNode]) -> Sequence[BaseNode]:
-        if self.on_failure == "raise" and self._last_report is not None:
-            self._last_report.raise_for_failures()
-        return nodes
+            self._last_report = report = call.report()
+        if self.on_failure == "raise":
+            report.raise_for_failures()
 
     # --- copies and descriptions
 

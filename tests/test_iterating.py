@@ -168,7 +168,7 @@ async def test_one_that_is_given_up_holds_nothing(store: AsyncMilvusVectorStore,
     await anext(pending)
     sync = store.iter_nodes(batch_size=5)
     next(sync)
-    assert not store.live()._calls
+    assert not store.live().calls
     await store.aclose()  # waits for none of them
     gc.collect()
 
@@ -186,7 +186,7 @@ async def test_one_that_is_cancelled_leaves_its_slot(proxy: FaultProxy, held: He
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not store.live()._calls
+        assert not store.live().calls
         held.let_go()
         await until(lambda: store.statistics().in_flight == 0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import threading
 import weakref
@@ -76,6 +75,8 @@ class LoopPort:
             with cls._lock:
                 port = cls._ports.get(loop)
                 if port is None or port._io is not IoThread._instance:  # another one after a fork
+                    for ended in [each for each in cls._ports if each.is_closed()]:
+                        del cls._ports[ended]  # whose port may still hold a call, and so the loop
                     port = cls._ports[loop] = cls(loop, IoThread.get())
                 cls._recent = port
         return port
@@ -158,9 +159,12 @@ class LoopPort:
 
     def _wake(self) -> None:
         loop = self.loop
-        if loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+        try:
+            if loop is not None:
                 loop.call_soon_threadsafe(self._receive)
+        except RuntimeError:  # the loop was closed: nobody waits any more
+            self._incoming.clear()
+            self._woken = False
 
     def _receive(self) -> None:
         self._woken = False

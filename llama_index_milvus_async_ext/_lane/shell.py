@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ class Shell:
         self._on_retry = on_retry
         self._takes_turns = takes_turns
         self._lanes: dict[Hashable, Lane[Any, Any]] = {}
-        self._tasks: dict[Flight[Any], asyncio.Task[Sequence[Any] | Exception]] = {}
+        self._tasks: dict[Flight[Any], asyncio.Task[Sequence[Any] | BaseException]] = {}
         self._pump_is_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._held = False
@@ -151,8 +152,9 @@ class Shell:
         for retry in effects.retries:
             try:
                 self._on_retry(retry)
-            except Exception as error:  # of a log handler of the user's
-                self._loop.call_exception_handler({"message": "a retry could not be logged", "exception": error})
+            except BaseException as error:  # of a log handler of the user's, which may be the loop's as well
+                with contextlib.suppress(BaseException):
+                    self._loop.call_exception_handler({"message": "a retry could not be logged", "exception": error})
         return bool(effects.sends)
 
     def _send(self, send: Send) -> None:
@@ -161,7 +163,7 @@ class Shell:
         self._tasks[flight] = task
         task.add_done_callback(lambda task: self._ended(flight, task))
 
-    def _ended(self, flight: Flight[Any], task: asyncio.Task[Sequence[Any] | Exception]) -> None:
+    def _ended(self, flight: Flight[Any], task: asyncio.Task[Sequence[Any] | BaseException]) -> None:
         del self._tasks[flight]
         answer = asyncio.CancelledError() if task.cancelled() else task.result()
         if isinstance(answer, BaseException):
@@ -182,12 +184,14 @@ def _nobody(_: Submission[Any]) -> None:
     """In the place of whoever has been told."""
 
 
-async def _answer(send: Send) -> Sequence[Any] | Exception:
+async def _answer(send: Send) -> Sequence[Any] | BaseException:
     """What became of a request: an error, too, is a result of its task.
 
     As the task's exception, asyncio would print one that came in the loop's last turn, at the interpreter's exit.
     """
     try:
         return await send.flight.lane.send(send.payloads, send.upsert, send.timeout_seconds)
-    except Exception as error:
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
         return error

@@ -83,9 +83,14 @@ class IoThread:
         # First the functions, then the look at the flag; the thread does the reverse. So nothing is left behind.
         self._inbox.extend(functions)
         if not self._woken:
-            self._woken = True
-            with contextlib.suppress(RuntimeError):  # closed at the interpreter's exit
+            try:
+                self._woken = True
                 self.loop.call_soon_threadsafe(self._empty_inbox, context=self._context)
+            except RuntimeError:  # closed at the interpreter's exit
+                pass
+            except BaseException:  # Ctrl-C: were the flag left up, nobody would wake the thread ever again
+                self._woken = False
+                raise
 
     # --- sharing Python's lock
 
@@ -109,10 +114,21 @@ class IoThread:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         try:
-            self.loop.run_forever()
+            while not self._has_run():
+                pass
         finally:
             with contextlib.suppress(Exception):
                 self.loop.close()
+
+    def _has_run(self) -> bool:
+        """Run the loop; whether it was stopped, and not ended by what ends threads: a `SystemExit` of somebody's."""
+        try:
+            self.loop.run_forever()
+        except BaseException as error:  # everybody's calls would wait for ever
+            with contextlib.suppress(BaseException):
+                self.loop.call_exception_handler({"message": "a call in the I/O thread failed", "exception": error})
+            return False
+        return True
 
     def _empty_inbox(self) -> None:
         until = time.monotonic() + _TURN_SECONDS

@@ -18,12 +18,17 @@ _CANCEL_SECONDS = 2.0  # a cancelled call's outcomes take milliseconds; this is 
 
 
 class ThreadPort:
-    """The way of blocking calls, from any thread."""
+    """The way of one thread's blocking calls.
+
+    Attributes:
+        thread: The thread's identifier.
+    """
 
     awaits = False
 
     def __init__(self) -> None:
         self._io = IoThread.get()
+        self.thread = threading.get_ident()
 
     async def submit(self, *requests: Request) -> list[Submission[Any]]:
         """See `Port`; it never suspends."""

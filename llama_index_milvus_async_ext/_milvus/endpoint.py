@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pymilvus.exceptions import MilvusException
 
+from llama_index_milvus_async_ext._flow.uninterrupted import uninterrupted
 from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._lane.entrance import Entrance
 from llama_index_milvus_async_ext._lane.journey import Request
@@ -59,7 +60,8 @@ class Endpoint:
         Raises:
             ConnectError: The server can't be reached, refuses the token, or the file is in use.
         """
-        return cls._sharing.join(settings, lambda: cls(settings))
+        # Half opened, Milvus Lite would hold a file for ever; and a use that nobody counts down, a connection.
+        return uninterrupted("milvus-open", lambda: cls._sharing.join(settings, lambda: cls(settings)), cls.close)
 
     @classmethod
     def forget_all(cls) -> None:
@@ -88,7 +90,7 @@ class Endpoint:
 
     def close(self) -> None:
         """Give up one use; the last one closes the connection, and lets go of the file."""
-        self._sharing.leave(self._settings, self._disconnect)
+        uninterrupted("milvus-close", lambda: self._sharing.leave(self._settings, self._disconnect))
 
     def _disconnect(self) -> None:
         self._sharing.leave_address(self.connection.address)

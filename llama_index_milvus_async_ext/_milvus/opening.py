@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TypeVar
 
 import grpc
@@ -13,7 +12,6 @@ import tenacity
 from pymilvus import MilvusClient
 from pymilvus.exceptions import ConnectError, MilvusException
 
-from llama_index_milvus_async_ext._flow.arrivals import settled
 from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.connection import Connection
@@ -34,8 +32,8 @@ def connect(settings: ConnectionSettings) -> Connection:
         ConnectError: The server can't be reached, refuses the token, or the file is in use.
     """
     attempt = functools.partial(_attempts(settings), Connection, settings)
-    with forks.quiet.busy():
-        return _explained(settings, lambda: _on_another_thread(settings, attempt) if settings.is_file else attempt())
+    with forks.quiet.busy(), lite.files if settings.is_file else contextlib.nullcontext():
+        return _explained(settings, attempt)
 
 
 def another_client(settings: ConnectionSettings, uri: str) -> MilvusClient:
@@ -81,32 +79,6 @@ def _explained(settings: ConnectionSettings, connect: Callable[[], T]) -> T:
         return connect()
     except (MilvusException, grpc.RpcError, OSError) as error:
         raise ConnectError(code=2, message=_explanation(settings, error)) from error
-
-
-def _on_another_thread(settings: ConnectionSettings, connect: Callable[[], Connection]) -> Connection:
-    """Connect to a file, where no Ctrl-C comes in between: half opened, Milvus Lite would hold it for ever."""
-    outcome: Future[Connection] = Future()
-
-    def work() -> None:
-        try:
-            with lite.files:
-                outcome.set_result(connect())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    def give_up() -> None:
-        if outcome.exception() is None:
-            with lite.files:
-                outcome.result().close()
-                lite.release(settings.uri)
-
-    threading.Thread(target=work, name="milvus-open", daemon=True).start()
-    try:
-        return settled(outcome)
-    except BaseException:
-        if not outcome.done() or outcome.exception() is None:
-            threading.Thread(target=give_up, name="milvus-close", daemon=True).start()
-        raise
 
 
 def _is_unavailable(error: BaseException) -> bool:

@@ -7,29 +7,50 @@ import contextlib
 import contextvars
 import os
 import threading
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from pymilvus import AsyncMilvusClient, MilvusClient
 
+from llama_index_milvus_async_ext._flow.threads import OwnThread
+from llama_index_milvus_async_ext._flow.uninterrupted import uninterrupted
 from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._lane.port import LoopPort, Port
 from llama_index_milvus_async_ext._lane.thread import IoThread
+from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
 from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.endpoint import Endpoint
 from llama_index_milvus_async_ext._milvus.opening import another_client
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 
 _CLOSED = "this AsyncMilvusVectorStore is closed; make a new one"
-_LOOK_AGAIN_SECONDS = 0.1  # nobody tells when an event loop stops
+_LOOK_AGAIN_SECONDS = 0.005  # nobody tells when an event loop stops, nor when a call ends
 
-_held: contextvars.ContextVar[Connected | None] = contextvars.ContextVar("held", default=None)
+T = TypeVar("T")
+
+# What the calls of a context are parts of.
+_outer: contextvars.ContextVar[Connected | None] = contextvars.ContextVar("outer", default=None)
 
 
 class Connected:
     """What a store is connected with, in the process that connected it, and the calls that need it.
 
-    A call is begun with the port of its caller, and ended however it ends; `finish` waits for those that can end.
+    A call begins with `begin`, in a `try` whose `finally` takes it out of `calls`: `finish` waits for those that can
+    end. There is no lock, and no function in between, so that no Ctrl-C, and no garbage collection that ends a call,
+    can leave one behind:
+
+        call = object()
+        try:
+            connected.begin(call, port)
+            ...
+        finally:
+            connected.calls.pop(call, None)
+
+    Attributes:
+        calls: The ports of the calls under way.
+        closed: Whether it is closed.
 
     Args:
         endpoint: The endpoint, open for this.
@@ -45,9 +66,8 @@ class Connected:
         self._client = client
         self._async_client: AsyncMilvusClient | None = None
         self._making = threading.Lock()
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._calls: dict[Port, int] = {}
+        self._closing = threading.Lock()
+        self.calls: dict[object, Port] = {}
         self._ending = False
 
     # Pymilvus's clients, made when the user asks for one: each is a connection of its own, nothing here needs them,
@@ -82,38 +102,44 @@ class Connected:
         if self.closed:
             raise RuntimeError(_CLOSED)
 
-    def begin(self, port: Port) -> None:
-        """Begin a call.
+    def begin(self, call: object, port: Port) -> None:
+        """Begin a call; see the class.
 
         Raises:
             RuntimeError: The store is closed, or about to be.
         """
-        with self._lock:  # the plain lock: a condition's own way in and out costs several times as much
-            if self._ending and _held.get() is not self:
-                raise RuntimeError(_CLOSED)
-            self._calls[port] = self._calls.get(port, 0) + 1
-
-    def end(self, port: Port) -> None:
-        """End a call."""
-        with self._lock:
-            left = self._calls[port] - 1
-            if left:
-                self._calls[port] = left
-            else:
-                del self._calls[port]
-            if self._ending:
-                self._changed.notify_all()
+        # First the call, then the look at the flag; `finish` does the reverse. So none is missed.
+        self.calls[call] = port
+        if self._ending and _outer.get() is not self:
+            raise RuntimeError(_CLOSED)
 
     @contextlib.contextmanager
     def held(self, port: Port) -> Iterator[None]:
         """A call that consists of others: these may still begin when the store is about to be closed."""
-        self.begin(port)
-        token = _held.set(self)
+        call = object()
         try:
-            yield
+            self.begin(call, port)
+            token = _outer.set(self)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(ValueError):  # in another context, where the garbage collector ends it
+                    _outer.reset(token)
         finally:
-            _held.reset(token)
-            self.end(port)
+            self.calls.pop(call, None)
+
+    def while_held(self, port: Port, function: Callable[[], T]) -> T:
+        """As `held`, for a blocking function: Ctrl-C as a `with` begins or ends would leave the call behind."""
+        call = object()
+        try:
+            self.begin(call, port)
+            token = _outer.set(self)
+            try:
+                return function()
+            finally:
+                _outer.reset(token)
+        finally:
+            self.calls.pop(call, None)
 
     def finish(self) -> None:
         """Let no new call begin, wait for those under way, and close.
@@ -121,38 +147,54 @@ class Connected:
         A call is not waited for whose event loop has stopped or was closed: it would never end.
 
         Raises:
-            RuntimeError: Calls of the event loop that runs in this very thread are under way.
+            RuntimeError: Calls of this very thread are under way: of the event loop that runs in it, or one that a
+                signal's handler has interrupted.
         """
         if self.pid == os.getpid():
-            with self._changed:
-                own = _running_port()
-                if own is not None and own in self._calls:
-                    raise RuntimeError(
-                        f"close() would wait for ever for {self._calls[own]} calls of this event loop, which it holds "
-                        "up; use `await store.aclose()`, or `async with store:`"
-                    )
-                self._ending = True
-                while any(not isinstance(port, LoopPort) or port.is_running for port in self._calls):
-                    self._changed.wait(_LOOK_AGAIN_SECONDS)
+            self._check_not_within()
+            self._ending = True
+            while any(not isinstance(port, LoopPort) or port.is_running for port in list(self.calls.values())):
+                time.sleep(_LOOK_AGAIN_SECONDS)
         self.close()
+
+    def _check_not_within(self) -> None:
+        loop, here = _running_port(), threading.get_ident()
+        own = [port for port in list(self.calls.values()) if port is loop]
+        if own:
+            raise RuntimeError(
+                f"close() would wait for ever for {len(own)} calls of this event loop, which it holds up; use "
+                "`await store.aclose()`, or `async with store:`"
+            )
+        if any(isinstance(port, ThreadPort) and port.thread == here for port in list(self.calls.values())):
+            raise RuntimeError(
+                "close() would wait for ever for a call of this very thread, which has been interrupted for it (in the "
+                "handler of a signal?); close the store once that call has ended"
+            )
 
     async def afinish(self) -> None:
         """As `finish`, without blocking the event loop."""
         if IoThread.get().ended:  # no thread can be started any more, and nothing is under way
             self.finish()
-        else:
-            await asyncio.to_thread(self.finish)
+            return
+        # In a thread of its own: the calls that it waits for may need the loop's.
+        with contextlib.closing(OwnThread("milvus-close")) as aside:
+            await aside.call(self.finish)
+        client, self._async_client = self._async_client, None
+        if client is not None:
+            with contextlib.suppress(Exception):  # it may have served another event loop
+                await client.close()
 
     def close(self) -> None:
         """Close what was opened here; a forked child leaves its parent's connections alone."""
-        if self.pid != os.getpid():  # first: the lock may have been held at the fork
-            return
-        with self._lock:
+        if self.pid == os.getpid():  # first: the lock may have been held at the fork
+            uninterrupted("milvus-close", self._close)
+
+    def _close(self) -> None:
+        with self._closing:  # whoever comes second waits for the first
             if self.closed:
                 return
             self.closed = True
-        with forks.quiet.busy():
-            with self._making:  # one that is just being made is closed as well
+            with forks.quiet.busy(), self._making:  # one that is just being made is closed as well
                 if self._client is not None:
                     self._client.close()
             self.endpoint.close()

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
-from llama_index_milvus_async_ext._flow.arrivals import settled
 from llama_index_milvus_async_ext._lane.entrance import Entrance
 from llama_index_milvus_async_ext._lane.shell import Shell
 
@@ -79,7 +78,7 @@ class Sharing(Generic[E]):
                     else:  # Ctrl-C is this thread's own: the others try themselves
                         opening.set_result(None)
                     raise
-            endpoint = settled(opening)
+            endpoint = opening.result()
             with self._lock:
                 if endpoint is not None and self._open.get(settings) is opening:
                     self._users[settings] = self._users.get(settings, 0) + 1

@@ -59,7 +59,11 @@ def _embeds_questions_together(kind: type[BaseEmbedding]) -> bool:
 async def embedded(model: BaseEmbedding, questions: list[str], batch: Batch) -> list[float]:
     """The embedding of a caller's questions, as `aget_agg_embedding_from_queries` gives it."""
     loop = asyncio.get_running_loop()
-    of_loop = _at_work.setdefault(loop, {})
+    of_loop = _at_work.get(loop)
+    if of_loop is None:
+        for ended in [each for each in _at_work if each.is_closed()]:
+            del _at_work[ended]  # whose questions may still be there, and so the loop
+        of_loop = _at_work.setdefault(loop, {})
     vectors = []
     for question in questions:
         described = model.to_payload()

@@ -319,14 +319,14 @@ class OpenStore(MilvusVectorStore):
 
     async def in_call(self, port: Port, function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         """One public call: whoever closes the store waits for its end."""
-        connected = self.live()
-        connected.begin(port)
+        connected, call = self.live(), object()
         try:
+            connected.begin(call, port)
             if tracing.is_listened_to():
                 return await tracing.traced_call(function, self, connected, port, *arguments)
             return await function(self, connected, port, *arguments)
         finally:
-            connected.end(port)
+            connected.calls.pop(call, None)
 
     @property
     def limits(self) -> Limits:

@@ -1,0 +1,120 @@
+"""Ctrl-C at each place of a blocking call where Python looks for it: nothing is left behind, and later calls work."""
+
+from __future__ import annotations
+
+import dis
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from llama_index.core import MockEmbedding
+from llama_index.core.schema import TextNode
+from llama_index.core.vector_stores.types import VectorStoreQuery
+
+import llama_index_milvus_async_ext
+from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore, AsyncMilvusWriter
+from tests.test_unopened import is_free
+
+DIM = 2
+HOME = str(Path(llama_index_milvus_async_ext.__file__).parent)
+# Of the standard library, what runs between a caller and its wake-up of the I/O thread, or ends a context.
+BENEATH = ("contextlib.py", "asyncio/base_events.py", "asyncio/selector_events.py", "asyncio/unix_events.py")
+
+
+class Strike:
+    """Raises `KeyboardInterrupt` in this thread at the n-th place where Python would run a signal's handler.
+
+    These are, since Python 3.11, where a function begins, after a call, and where a loop goes back.
+    """
+
+    def __init__(self, at: int) -> None:
+        self._left = at
+        self._earlier: dict[FrameType, str] = {}
+        self.where: str | None = None
+
+    def __enter__(self) -> Strike:
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        path = frame.f_code.co_filename
+        if not (path.startswith(HOME) or path.endswith(BENEATH)):
+            return None
+        self._earlier.pop(frame, None)
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self._look
+
+    def _look(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event != "opcode" or self.where is not None:
+            return self._look
+        earlier = self._earlier.get(frame, "RESUME")
+        self._earlier[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+        if earlier.startswith("CALL") or earlier in ("RESUME", "JUMP_BACKWARD"):
+            self._left -= 1
+            if not self._left:
+                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._look
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncMilvusVectorStore]:
+    path = tmp_path_factory.mktemp("interrupted") / "own.db"
+    with AsyncMilvusVectorStore(str(path), dim=DIM) as store:
+        store.add([a_node()])
+        yield store
+    assert is_free(path)
+
+
+def a_node() -> TextNode:
+    return TextNode(id_="a", text="A", embedding=[1.0, 0.5])
+
+
+def retrieve(store: AsyncMilvusVectorStore) -> None:
+    AsyncMilvusRetriever(store, embed_model=MockEmbedding(embed_dim=DIM)).retrieve("A")
+
+
+CALLS: dict[str, Callable[[AsyncMilvusVectorStore], Any]] = {
+    "write": lambda store: store.write([a_node()]),
+    "query": lambda store: store.query(VectorStoreQuery(query_embedding=[1.0, 0.5], similarity_top_k=1)),
+    "get": lambda store: store.get_nodes(["a"]),
+    "delete": lambda store: store.delete("nobody's"),
+    "writer": lambda store: AsyncMilvusWriter(store)([a_node()]),
+    "retriever": retrieve,
+}
+
+
+def works(store: AsyncMilvusVectorStore) -> bool:
+    """Whether a call that comes later, on another thread, is answered."""
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(store.get_nodes(["a"])), daemon=True)
+    asking.start()
+    asking.join(20)
+    return bool(answers)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 looks for signals before any instruction")
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # struck before its first step
+@pytest.mark.parametrize("call", CALLS)
+def test_ctrl_c_anywhere_in_a_blocking_call_leaves_nothing_behind(store: AsyncMilvusVectorStore, call: str) -> None:
+    connected = store.live()
+    for place in range(1, 2_000):
+        # While the interruption is raised its frames live: what they would have given back is not collected for them.
+        try:
+            with Strike(place) as strike:
+                CALLS[call](store)
+        except KeyboardInterrupt:
+            assert not connected.calls, strike.where
+            assert works(store), strike.where
+        if strike.where is None:
+            break
+    assert place > 50
+    assert store.statistics().waiting == 0

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import gc
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,13 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters, VectorStoreQuery
 from pymilvus import MilvusClient
 
-from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy, WriteError
+from llama_index_milvus_async_ext import (
+    AsyncMilvusRetriever,
+    AsyncMilvusVectorStore,
+    AsyncMilvusWriter,
+    RetryPolicy,
+    WriteError,
+)
 from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._lane.thread import IoThread
@@ -552,3 +559,86 @@ def test_calls_from_an_early_exit_handler_end(lite_uri: str, collection_name: st
     }
     assert not unclear
     assert "Traceback" not in ended.stderr, ended.stderr
+
+
+class ThreadedEmbedding(HashEmbedding):
+    """Embeds in a thread of the event loop's own, as many models do."""
+
+    dim: int = DIM
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        await asyncio.sleep(0.1)
+        return await asyncio.to_thread(self._get_query_embedding, query)
+
+
+async def test_closing_takes_no_thread_that_the_calls_it_waits_for_need(tmp_path: Path) -> None:
+    asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(1))
+    stores = [AsyncMilvusVectorStore(str(tmp_path / "own.db"), collection_name=f"c{n}", dim=DIM) for n in range(2)]
+    retrievers = [AsyncMilvusRetriever(store, embed_model=ThreadedEmbedding()) for store in stores]
+    asking = [asyncio.create_task(retriever.aretrieve("q")) for retriever in retrievers]
+    await asyncio.sleep(0.02)
+    await asyncio.wait_for(asyncio.gather(*(store.aclose() for store in stores)), 30)
+    assert [await each for each in asking] == [[], []]
+
+
+def test_close_within_a_call_of_its_own_thread_says_so_instead_of_waiting_for_ever(
+    store: AsyncMilvusVectorStore, make_nodes: MakeNodes
+) -> None:
+    said: list[BaseException] = []
+
+    def close(_: int, __: object) -> None:  # the handler of a signal
+        try:
+            store.close()
+        except RuntimeError as error:
+            said.append(error)
+
+    model = InterruptedEmbedding(dim=DIM)
+    nodes = make_nodes(3, dim=DIM)
+    for node in nodes:
+        node.embedding = None
+    before = signal.signal(signal.SIGTERM, close)
+    try:
+        AsyncMilvusWriter(store, model)(nodes)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "a call of this very thread" in str(said[0])
+    assert len(store.get_nodes([node.node_id for node in nodes])) == 3, "the store is as it was"
+    store.close()
+
+
+class InterruptedEmbedding(HashEmbedding):
+    """A signal comes while it embeds."""
+
+    def _embed(self, texts: list[str]) -> list[list[float]]:
+        signal.raise_signal(signal.SIGTERM)
+        return super()._embed(texts)
+
+
+class ForgottenEmbedding(HashEmbedding):
+    """Never answers, and nobody refers to what it waits for."""
+
+    dim: int = DIM
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return await asyncio.get_running_loop().create_future()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # LlamaIndex's own spans
+async def test_closing_waits_for_no_call_that_the_garbage_collector_has_ended(store: AsyncMilvusVectorStore) -> None:
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # told of the task that was destroyed
+    asking = asyncio.ensure_future(AsyncMilvusRetriever(store, embed_model=ForgottenEmbedding()).aretrieve("q"))
+    await asyncio.sleep(0.05)
+    assert store.live().calls
+    del asking
+    gc.collect()
+    await asyncio.sleep(0)
+    assert not store.live().calls
+    await asyncio.wait_for(store.aclose(), 30)
+
+
+async def test_the_async_client_that_was_asked_for_is_closed_with_the_store(store: AsyncMilvusVectorStore) -> None:
+    client = store.aclient
+    assert client is not None and await client.list_collections()
+    await store.aclose()
+    with pytest.raises(Exception, match=r"connection|closed"):
+        await client.list_collections()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import _thread
 import asyncio
 import contextvars
+import queue
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from llama_index_milvus_async_ext._flow.intake import Intake
 from llama_index_milvus_async_ext._flow.stages import Stage, Stopwatch, flow
 from llama_index_milvus_async_ext._flow.threads import OwnThread, WaitingThread
+from llama_index_milvus_async_ext._flow.uninterrupted import uninterrupted
 from tests.conftest import examples
 from tests.waiting import beside, blocked_until, press_ctrl_c, until
 
@@ -445,3 +448,44 @@ def test_an_answer_to_a_loop_that_is_closed_is_dropped() -> None:
     may_return.set()
     thread.close()
     blocked_until(lambda: not any(each.name == "tests-own" for each in threading.enumerate()))
+
+
+# --- what must not be interrupted
+
+
+@pytest.mark.parametrize("moment", ["meanwhile", "at the end"])
+def test_what_an_interrupted_function_has_made_is_undone(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    may_end, undone = threading.Event(), queue.SimpleQueue[str]()
+
+    def interrupted(outcome: Future[Any]) -> Any:
+        if moment == "at the end":
+            may_end.set()
+            outcome.result()
+        raise KeyboardInterrupt
+
+    def make() -> str:
+        may_end.wait(30)
+        return "made"
+
+    monkeypatch.setattr("llama_index_milvus_async_ext._flow.uninterrupted.settled", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        uninterrupted("tests-make", make, undone.put)
+    assert undone.empty() or moment == "at the end"
+    may_end.set()
+    assert undone.get(timeout=30) == "made"
+
+
+def test_a_function_that_can_have_no_thread_is_called_in_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Thread, "start", raises_no_more_threads)
+    assert uninterrupted("tests-make", threading.get_ident) == threading.get_ident()
+
+
+def raises_no_more_threads(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_an_error_of_a_function_that_must_not_be_interrupted_is_raised_as_it_is() -> None:
+    context = contextvars.ContextVar("context", default="")
+    context.set("mine")
+    with pytest.raises(LookupError, match="mine"):
+        uninterrupted("tests-make", lambda: (_ for _ in ()).throw(LookupError(context.get())), lambda _: None)

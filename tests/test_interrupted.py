@@ -118,3 +118,21 @@ def test_ctrl_c_anywhere_in_a_blocking_call_leaves_nothing_behind(store: AsyncMi
             break
     assert place > 50
     assert store.statistics().waiting == 0
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 looks for signals before any instruction")
+def test_ctrl_c_anywhere_in_close_lets_go_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "own.db"
+    stores = []  # kept: what is done for one that nobody has any more is not to be struck
+    for place in range(1, 500):
+        store = AsyncMilvusVectorStore(str(path), dim=DIM)
+        stores.append(store)
+        try:
+            with Strike(place) as strike:
+                store.close()
+        except KeyboardInterrupt:
+            store.close()  # where nothing was to be heard of it yet; it waits for what has begun
+        assert is_free(path), strike.where
+        if strike.where is None:
+            break
+    assert place > 10

@@ -8,9 +8,11 @@ import contextvars
 import gc
 import os
 import subprocess
+import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +27,7 @@ from llama_index_milvus_async_ext._lane.shell import Shell
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._lane.thread_port import ThreadPort, Voyage
 from tests import programs, waiting
-from tests.lane_server import Item, Server, classify, items, make_lane, raise_broken_promises
+from tests.lane_server import Item, Server, classify, items, make_lane, not_ready, raise_broken_promises
 
 
 def begun(*requests: Request) -> Voyage:
@@ -236,6 +238,48 @@ def test_a_loop_that_is_closed_before_its_answer_comes_disturbs_nobody(shell: Sh
     loop.close()
     assert results_of(begun(request(shell, lane, [Item(7)])).wait()) == ["result of 7"]
     task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+
+def test_a_loop_that_is_closed_before_its_answer_comes_is_not_kept(shell: Shell) -> None:
+    lane, loops = make_lane(Server(seconds=0.02)), []
+    for _ in range(5):
+        loop = asyncio.new_event_loop()
+
+        async def begin() -> None:
+            task = asyncio.ensure_future(LoopPort.current().submit(request(shell, lane, items(2))))
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            await asyncio.sleep(0.005)
+
+        loop.run_until_complete(begin())
+        loop.close()
+        loops.append(weakref.ref(loop))
+        del loop
+    assert results_of(begun(request(shell, make_lane(Server()), [Item(7)])).wait()) == ["result of 7"]
+    waiting.blocked_until(lambda: shell.core.idle)
+    asyncio.run(turn_of_a_port())
+    gc.collect()
+    assert [each() for each in loops] == [None] * 5
+
+
+async def turn_of_a_port() -> None:
+    LoopPort.current()
+
+
+def test_what_ends_threads_does_not_end_the_io_thread(io: IoThread, shell: Shell) -> None:
+    io.loop.set_exception_handler(lambda *_: sys.exit("and again, in the handler of the loop"))
+    io.post(lambda: sys.exit("such as a handler of logs may do"))
+    assert results_of(begun(request(shell, make_lane(Server()), items(1))).wait()) == ["result of 0"]
+    io.loop.set_exception_handler(None)
+
+
+def test_what_the_handler_of_logs_ends_is_its_own_record(io: IoThread) -> None:
+    def exit_at_once(_: object) -> None:
+        sys.exit("fatal: a request failed")
+
+    shell = Shell(io.loop, classify, exit_at_once, io.takes_turns)
+    io.shells.add(shell)
+    lane = make_lane(Server([not_ready]))
+    assert results_of(begun(request(shell, lane, items(1))).wait()) == ["result of 0"]
 
 
 def test_a_blocking_call_on_the_io_thread_is_refused(io: IoThread, shell: Shell) -> None:

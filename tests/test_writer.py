@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import pickle
+import sys
 import threading
 import uuid
 from collections import Counter
@@ -506,3 +507,31 @@ def test_what_ctrl_c_kept_from_being_sent_stands_in_the_report(
     assert report is not None and report == writer.last_report
     assert [failed.node for failed in report.failed] == nodes
     store.close()
+
+
+def test_threads_that_share_a_writer_hear_of_their_own_failures(store: AsyncMilvusVectorStore) -> None:
+    writer, wrong = AsyncMilvusWriter(store), []
+
+    def write(vector: list[float], fails: bool) -> None:
+        for number in range(40):
+            try:
+                writer([TextNode(id_=f"shared-{fails}-{number % 3}", text="text", embedding=vector)])
+                has_failed = False
+            except WriteError:
+                has_failed = True
+            if has_failed != fails:
+                wrong.append(fails)
+
+    dim = store.dim or 0
+    calls = [([0.5] * dim, False), ([0.5] * (dim + 1), True)] * 2
+    threads = [threading.Thread(target=write, args=call) for call in calls]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong

@@ -125,10 +125,13 @@ class IoThread:
         try:
             self.loop.run_forever()
         except BaseException as error:  # everybody's calls would wait for ever
-            with contextlib.suppress(BaseException):
-                self.loop.call_exception_handler({"message": "a call in the I/O thread failed", "exception": error})
+            self._tell(error)
             return False
         return True
+
+    def _tell(self, error: BaseException) -> None:
+        with contextlib.suppress(BaseException):  # of the handlers of logs
+            self.loop.call_exception_handler({"message": "a call in the I/O thread failed", "exception": error})
 
     def _empty_inbox(self) -> None:
         until = time.monotonic() + _TURN_SECONDS
@@ -138,8 +141,8 @@ class IoThread:
             while self._inbox:
                 try:
                     self._inbox.popleft()()
-                except Exception as error:  # one caller's defect does not stop the others' requests
-                    self.loop.call_exception_handler({"message": "a call in the I/O thread failed", "exception": error})
+                except BaseException as error:  # one caller's defect does not stop the others' requests
+                    self._tell(error)
                 if self._inbox and time.monotonic() > until:
                     self.loop.call_soon(self._empty_inbox)
                     return

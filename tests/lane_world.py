@@ -81,7 +81,7 @@ class World:
     def __init__(self) -> None:
         self.core = Core(lambda error: error.verdict)  # type: ignore[attr-defined]
         self.now = 1_000.0
-        self.progress: list[float] = []  # when it acknowledged something
+        self.progress: dict[str, list[float]] = defaultdict(list)  # when it acknowledged something of a kind
         self.stalled = 0.0
         self.calls: list[Call] = []
         self.lanes: list[Lane[Value, str]] = []
@@ -181,7 +181,7 @@ class World:
                 self.perhaps_applied.update(values)
             else:
                 self.acknowledged.update(values)
-                self.progress.append(self.now)
+                self.progress[flight.lane.kind].append(self.now)
             results = [f"result of {value.number}" for value in values][missing:]
             self.core.ended(flight, results, None, self.now)
         else:
@@ -331,7 +331,11 @@ class World:
             assert call.cancelled and failure.retryable
         elif isinstance(error, DeadlinePassedError):
             assert failure.retryable
-            times = [call.submitted_at, *(at for at in self.progress if at > call.submitted_at), self.now]
+            times = [
+                call.submitted_at,
+                *(at for at in self.progress[call.lane.kind] if at > call.submitted_at),
+                self.now,
+            ]
             gap = max(later - earlier for earlier, later in itertools.pairwise(times))
             assert gap >= call.lane.policy.deadline_seconds - A_MOMENT, "given up though the endpoint went on"
         else:
@@ -358,8 +362,10 @@ class World:
     def check(self) -> None:
         core = self.core
         assert core.in_flight == len(self.holding())
-        items = sum(len(values) for _, values in self.requests)
-        assert core.counts == Counter(requests=len(self.requests), items=items, retries=len(self.pauses))
+        counts = Counter(requests=len(self.requests), retries=len(self.pauses))
+        for lane, values in self.requests:
+            counts[lane.kind] += len(values)
+        assert core.counts == counts
         submissions = [call.outcomes for call in self.calls if call.outcomes.remaining]
         for lane in self.lanes:
             assert len(lane.flights) <= lane.max_in_flight
@@ -375,7 +381,7 @@ class World:
         )
         for call in self.calls:
             if call.open:
-                since = max([call.submitted_at, *self.progress[-1:]])
+                since = max([call.submitted_at, *self.progress[call.lane.kind][-1:]])
                 patience = call.lane.policy.deadline_seconds + LAST_ATTEMPT_SECONDS + self.stalled
                 assert self.now <= since + patience + A_MOMENT, "past its deadline"
 

@@ -74,7 +74,13 @@ class CoreMachine(RuleBasedStateMachine):
         lanes: list[dict[str, Any]] = [
             {"entrance": shared, "max_items": 4, "max_bytes": 20, "policy": patient},
             {"entrance": shared, "max_items": 3, "max_bytes": 5, "policy": hasty},
-            {"entrance": Entrance(20), "abort_when_unwanted": True, "spread_above": 2, "policy": hasty},
+            {
+                "entrance": Entrance(20),
+                "abort_when_unwanted": True,
+                "spread_above": 2,
+                "policy": hasty,
+                "kind": "asked",
+            },
             {"entrance": Entrance(5), "exclusive": "a file", "policy": patient},
             {"entrance": Entrance(7), "exclusive": "a file", "max_items": 1, "policy": hasty},
         ]
@@ -613,6 +619,19 @@ def test_endless_overload_ends_at_the_deadline(world: World) -> None:
     assert world.now <= 1_000 + 20 + LAST_ATTEMPT_SECONDS
 
 
+def test_what_is_denied_ends_at_the_deadline_though_requests_of_another_kind_are_answered(world: World) -> None:
+    call = world.submit_many(world.lane(policy=patient(max_attempts=1)), 9)  # in two batches, and one that waits
+    asked = world.lane(kind="queries", urgent=True)
+    while call.open and world.now < 5_000:
+        world.submit_many(asked, 1)
+        world.settle_down()
+        for flight in list(world.out):
+            world.answer(flight, None if flight.lane is asked else Verdict.OVERLOAD)
+        world.advance(0.5)
+    assert all(failure is not None and failure.retryable for failure in call.failures)
+    assert world.now <= 1_000 + 20 + LAST_ATTEMPT_SECONDS + 1
+
+
 def test_an_attempt_has_its_own_time_out_or_what_is_left_and_a_last_one_a_little_more(world: World) -> None:
     world.submit_many(world.lane(rpc_timeout_seconds=6, policy=patient(deadline_seconds=20)), 1)
     time_outs = []
@@ -839,7 +858,8 @@ def test_one_that_is_refused_again_and_again_is_given_up_only_once_nobody_else_h
     while call.open:
         answer_all()
         world.advance(0.25)
-    assert world.progress[-1] + 10 <= world.now <= world.progress[-1] + 10 + LAST_ATTEMPT_SECONDS + 0.25
+    last = world.progress["items"][-1]
+    assert last + 10 <= world.now <= last + 10 + LAST_ATTEMPT_SECONDS + 0.25
 
 
 def test_nobody_who_waits_for_a_slot_is_given_up_while_others_are_served(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import uuid
 from collections.abc import Iterator
@@ -181,4 +182,21 @@ def test_a_collection_that_makes_its_own_keys_takes_inserts(backend: Backend) ->
         store.add([a_node()])
         (found,) = store.query(VectorStoreQuery(query_embedding=[1.0, 0.0])).ids or []
         assert texts_of(store.get_nodes([found])) == ["written"]
+        store.clear()
+
+
+@pytest.mark.parametrize("key_type", [NUMBERS, TEXTS], ids=lambda kind: kind.name)
+async def test_rows_of_one_key_are_written_in_the_order_of_their_nodes(backend: Backend, key_type: Any) -> None:
+    def of(key: int, version: int) -> TextNode:  # whose own id is another one each time
+        pk = key if key_type == NUMBERS else str(key)
+        return TextNode(text=f"version {version}", metadata={"pk": pk, "n": version}, embedding=[1.0, 1.0])
+
+    with opened(backend, made(backend, key_type), batch_size=10) as store:
+        assert len(store.add([of(3, version) for version in range(9)])) == 9, "each in a request of its own"
+        writes = [store.awrite([of(key, version) for key in range(40)]) for version in (10, 11)]
+        assert all(report.ok for report in await asyncio.gather(*writes))
+        found = store.query(VectorStoreQuery(query_embedding=[1.0, 1.0], similarity_top_k=100))
+        texts = sorted(node.get_content() for node in found.nodes or [])
+        assert texts == ["version 11"] * 40
+        assert store.client.query(store.collection_name, output_fields=["count(*)"]) == [{"count(*)": 40}]
         store.clear()

@@ -28,7 +28,7 @@ def test_one_request_is_always_allowed() -> None:
     assert limit.free(in_flight=0, ceiling=8) == 1
     limits = []
     for _ in range(4):
-        limit.succeeded(in_flight=limit.current, now=60.0)
+        limit.succeeded("rows", in_flight=limit.current, now=60.0)
         limits.append(limit.current)
     assert limits == [2, 2, 2, 3], "however long it was so low, it comes back as slowly"
 
@@ -38,10 +38,10 @@ def test_it_grows_by_one_for_a_limits_worth_of_successes_and_never_above_its_max
     limit.overloaded(sent_at=1.0, now=2.0)
     before = limit.current
     for _ in range(before + 1):
-        limit.succeeded(in_flight=limit.current, now=3.0)
+        limit.succeeded("rows", in_flight=limit.current, now=3.0)
     assert limit.current == before + 1
     for _ in range(1_000):
-        limit.succeeded(in_flight=limit.current, now=3.0)
+        limit.succeeded("rows", in_flight=limit.current, now=3.0)
     assert limit.current == 8
 
 
@@ -49,7 +49,7 @@ def test_it_does_not_grow_while_it_is_not_in_use() -> None:
     limit = Limit(8)
     limit.overloaded(sent_at=1.0, now=2.0)
     for _ in range(1_000):
-        limit.succeeded(in_flight=limit.current - 1, now=3.0)
+        limit.succeeded("rows", in_flight=limit.current - 1, now=3.0)
     assert limit.current == 5
 
 
@@ -65,7 +65,7 @@ def test_whoever_asks_for_more_raises_it_unless_it_is_lowered_now() -> None:
     limit.allow(9)
     assert limit.current == 4, "it has to find out first"
     for _ in range(1_000):
-        limit.succeeded(in_flight=limit.current, now=3.0)
+        limit.succeeded("rows", in_flight=limit.current, now=3.0)
     assert limit.current == 9
 
 
@@ -78,6 +78,6 @@ def test_what_is_free_keeps_to_limit_and_ceiling(in_flight: int, ceiling: int, f
 
 def test_it_remembers_when_anything_was_last_acknowledged() -> None:
     limit = Limit(4)
-    limit.succeeded(in_flight=1, now=7.0)
+    limit.succeeded("rows", in_flight=1, now=7.0)
     limit.overloaded(sent_at=6.0, now=8.0)
-    assert limit.progress_at == 7.0
+    assert limit.progress_at("rows") == 7.0 and limit.progress_at("queries") < 0

@@ -135,7 +135,7 @@ class Carrier:
 
     def deadline_at(self, flight: Flight[Any]) -> float:
         """When the oldest of a flight's items are given up."""
-        return flight.deadline_at(self._limit.progress_at)
+        return flight.deadline_at(self._limit.progress_at(flight.lane.kind))
 
     def without_overdue(
         self, flight: Flight[Any], alive: list[Item[Any]], error: BaseException, now: float
@@ -201,7 +201,7 @@ class Carrier:
             error = UnexpectedAnswerError(f"{len(sent)} items were sent, but {len(results or ())} results came back")
         flight.error = error
         if error is None:
-            self._limit.succeeded(in_flight, now)
+            self._limit.succeeded(flight.lane.kind, in_flight, now)
             for item, result in zip(sent, results or (), strict=True):
                 self._ledger.settle(item, result, None)
             self.next_group(flight)

@@ -35,7 +35,7 @@ class Core:
         - Items with equal keys are sent one after the other, in the order of submission, never in one request.
         - Callers share a batch evenly, so that a small call does not wait for a large one.
         - No item stays longer than `policy.deadline_seconds`, and a tenth of a second for a last attempt, while the
-          endpoint acknowledges nothing.
+          endpoint acknowledges nothing of its kind.
     """
 
     def __init__(self, classify: Callable[[BaseException], Verdict]) -> None:

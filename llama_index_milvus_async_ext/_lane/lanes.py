@@ -79,7 +79,7 @@ class Flight(Generic[T]):
         self.idle_seconds = 0.0
 
     def deadline_at(self, progress_at: float) -> float:
-        """When it is given up, if the endpoint has acknowledged nothing since `progress_at`."""
+        """When it is given up, if the endpoint has acknowledged nothing of its kind since `progress_at`."""
         return max(self.waits_since, progress_at) + self.lane.policy.deadline_seconds
 
     def alive(self) -> list[Item[T]]:

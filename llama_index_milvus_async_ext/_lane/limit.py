@@ -19,7 +19,7 @@ class Limit:
         self._maximum = maximum
         self._current = float(maximum)
         self._reduced_at = -1.0
-        self.progress_at = -1.0  # when the endpoint last acknowledged anything
+        self._progress: dict[str, float] = {}
 
     @property
     def current(self) -> int:
@@ -39,9 +39,16 @@ class Limit:
         """What the limit would be after `allow`."""
         return maximum if maximum > self._maximum and self._current >= self._maximum else self.current
 
-    def succeeded(self, in_flight: int, now: float) -> None:
+    def progress_at(self, kind: str) -> float:
+        """When the endpoint last acknowledged a request of a kind; before all time, if it has not.
+
+        Of a kind, because a server that denies writes, for its disk is full, may go on answering searches for days.
+        """
+        return self._progress.get(kind, -1.0)
+
+    def succeeded(self, kind: str, in_flight: int, now: float) -> None:
         """Note that the endpoint acknowledged one of `in_flight` requests."""
-        self.progress_at = now
+        self._progress[kind] = now
         if in_flight >= self.current:
             self._current = min(self._current + 1 / self._current, self._maximum)
 

@@ -14,9 +14,10 @@ from llama_index_milvus_async_ext._lane.items import CancelledCallError, Failure
 from llama_index_milvus_async_ext._lane.journey import Request
 from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus.errors import SchemaChangedError, SchemaMismatchError, classify, fresh
-from llama_index_milvus_async_ext._milvus.schema import Schema
+from llama_index_milvus_async_ext._milvus.schema import ID_FIELD, Schema
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes import sparse
+from llama_index_milvus_async_ext._nodes.rows import key_of
 from llama_index_milvus_async_ext._store import calls, tracing
 from llama_index_milvus_async_ext._store.partitions import check_partition, partition_of
 from llama_index_milvus_async_ext._store.write_lanes import write_lane
@@ -60,7 +61,7 @@ class Write:
         self._connected = connected
         self._port = tracing.traced(port, store.collection_name)
         self._nodes = list(nodes)
-        self._keys = [node.node_id for node in self._nodes]
+        self._ids = [node.node_id for node in self._nodes]
         self._partition = partition
         self._force_flush = force_flush
         self._records = records
@@ -114,12 +115,24 @@ class Write:
         if self._vectors is not None or self._records is not None:
             nothing = [None] * len(self._nodes)
             values = list(zip(self._nodes, self._vectors or nothing, self._records or nothing, strict=True))
-        keys = self._keys
+        keys = self._keys(schema)
         if self._places is not None:
-            values, keys = [values[place] for place in self._places], [keys[place] for place in self._places]
+            values = [values[place] for place in self._places]
+            keys = [keys[place] for place in self._places] if keys is not None else None
         self._open_places = self._places if self._places is not None else range(len(self._nodes))
         self._has_outcomes = True
         return Request(endpoint.shell, lane, values, keys, "write_request")
+
+    def _keys(self, schema: Schema) -> list[Any] | None:
+        """Of each row the key, by which Milvus replaces it; None if Milvus makes the keys up, and so never does."""
+        key = schema.primary_key
+        if key.auto_id:
+            return None
+        if key.name == ID_FIELD:
+            return self._ids
+        keys = (key_of(node, key.name) for node in self._nodes)
+        # One without a fitting key fails by itself, when its row is made.
+        return [key if isinstance(key, (str, int)) else id_ for key, id_ in zip(keys, self._ids, strict=True)]
 
     def _record(self, submission: Submission[Any]) -> None:
         """Take the outcomes of what was submitted."""
@@ -189,7 +202,7 @@ class Write:
     def _report(self) -> WriteReport:
         """What has become of each node."""
         failures = self._failures
-        written = [key for place, key in enumerate(self._keys) if place not in failures] if failures else self._keys
+        written = [key for place, key in enumerate(self._ids) if place not in failures] if failures else self._ids
         report = WriteReport(
             written=written, retries=self._retries, elapsed_seconds=time.perf_counter() - self._started
         )

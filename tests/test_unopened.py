@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import threading
 from collections.abc import Iterator
@@ -245,3 +246,23 @@ def test_ctrl_c_while_a_file_is_opened_leaves_it_free(tmp_path: Path) -> None:
         thread.join(20)
     assert is_free(path)
     AsyncMilvusVectorStore(str(path), dim=DIM).close()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.005, 0.05])
+async def test_a_cancelled_opening_of_a_file_lets_go_of_it(tmp_path: Path, seconds: float) -> None:
+    path = tmp_path / "own.db"
+    gc.disable()  # what is made anew stands in a cycle: of upstream's constructor, and an error that it has caught
+    try:
+        opening = asyncio.create_task(AsyncMilvusVectorStore.aopen(str(path), collection_name="made", dim=DIM))
+        await asyncio.sleep(seconds)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        for _ in range(600):
+            opened = [each for each in threading.enumerate() if each.name.startswith("milvus-open")]
+            if not opened:
+                break
+            await asyncio.sleep(0.05)
+        assert is_free(path)
+    finally:
+        gc.enable()

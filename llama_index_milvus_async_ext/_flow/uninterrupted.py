@@ -1,19 +1,22 @@
-"""What Ctrl-C must not cut in two."""
+"""What no Ctrl-C and no cancellation must cut in two."""
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from llama_index_milvus_async_ext._flow.arrivals import settled
 
 T = TypeVar("T")
 
+Undo = Callable[[T], object]
 
-def uninterrupted(name: str, function: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
+
+def uninterrupted(name: str, function: Callable[[], T], undo: Undo[T] | None = None) -> T:
     """Call a function where no Ctrl-C comes: from the main thread, in a thread of its own.
 
     Whatever interrupts this, the function goes on to its end.
@@ -25,32 +28,62 @@ def uninterrupted(name: str, function: Callable[[], T], undo: Callable[[T], obje
     """
     if threading.current_thread() is not threading.main_thread():
         return function()
-    outcome: Future[T] = Future()
-    run = contextvars.copy_context().run
-
-    def work() -> None:
-        try:
-            outcome.set_result(run(function))
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    def take_back() -> None:
-        if undo is not None and outcome.exception() is None:
-            undo(outcome.result())
-
+    aside = _Aside(name, function, undo)
     try:
-        if _is_started(name, work):
-            return settled(outcome)
+        if aside.is_begun():
+            return settled(aside.outcome)
     except BaseException:
-        if not outcome.done() or outcome.exception() is None:
-            _is_started(f"{name}-undo", take_back)
+        aside.give_up()
         raise
     return function()
+
+
+async def auninterrupted(name: str, function: Callable[[], T], undo: Undo[T] | None = None) -> T:
+    """As `uninterrupted`, for a coroutine, which may be cancelled; the event loop is not blocked."""
+    aside = _Aside(name, function, undo)
+    if not aside.is_begun():
+        return function()
+    try:
+        return await asyncio.wrap_future(aside.outcome)
+    except BaseException:
+        aside.give_up()
+        raise
+
+
+class _Aside(Generic[T]):
+    """A function that a thread of its own calls, in a copy of this thread's context."""
+
+    def __init__(self, name: str, function: Callable[[], T], undo: Undo[T] | None) -> None:
+        self.outcome: Future[T] = Future()
+        self.outcome.set_running_or_notify_cancel()  # nobody cancels it any more
+        self._name = name
+        self._function = function
+        self._undo = undo
+        self._run = contextvars.copy_context().run
+
+    def is_begun(self) -> bool:
+        """Begin; False if the system has no more threads, or the interpreter is exiting."""
+        return _is_started(self._name, self._work)
+
+    def give_up(self) -> None:
+        """Have what comes of it undone."""
+        if self._undo is not None and not (self.outcome.done() and self.outcome.exception() is not None):
+            _is_started(f"{self._name}-undo", self._take_back)
+
+    def _work(self) -> None:
+        try:
+            self.outcome.set_result(self._run(self._function))
+        except BaseException as error:
+            self.outcome.set_exception(error)
+
+    def _take_back(self) -> None:
+        if self._undo is not None and self.outcome.exception() is None:
+            self._undo(self.outcome.result())
 
 
 def _is_started(name: str, work: Callable[[], None]) -> bool:
     try:
         threading.Thread(target=work, name=name, daemon=True).start()
-    except RuntimeError:  # the system has no more threads, or the interpreter is exiting
+    except RuntimeError:
         return False
     return True

@@ -14,8 +14,7 @@ from typing import TypeVar
 
 from pymilvus import AsyncMilvusClient, MilvusClient
 
-from llama_index_milvus_async_ext._flow.threads import OwnThread
-from llama_index_milvus_async_ext._flow.uninterrupted import uninterrupted
+from llama_index_milvus_async_ext._flow.uninterrupted import auninterrupted, uninterrupted
 from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._lane.port import LoopPort, Port
 from llama_index_milvus_async_ext._lane.thread import IoThread
@@ -177,8 +176,7 @@ class Connected:
             self.finish()
             return
         # In a thread of its own: the calls that it waits for may need the loop's.
-        with contextlib.closing(OwnThread("milvus-close")) as aside:
-            await aside.call(self.finish)
+        await auninterrupted("milvus-close", self.finish)
         client, self._async_client = self._async_client, None
         if client is not None:
             with contextlib.suppress(Exception):  # it may have served another event loop

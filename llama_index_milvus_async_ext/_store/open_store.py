@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import os
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,6 +15,7 @@ from llama_index.vector_stores.milvus.utils import DEFAULT_SPARSE_EMBEDDING_KEY,
 from pymilvus import AsyncMilvusClient, CollectionSchema, DataType, MilvusClient
 from typing_extensions import Self
 
+from llama_index_milvus_async_ext._flow.uninterrupted import auninterrupted
 from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus import lite
@@ -187,7 +187,8 @@ class OpenStore(MilvusVectorStore):
         Raises:
             ConnectError, ValueError: As the constructor.
         """
-        return await asyncio.to_thread(warmed_up, cls, *args, **kwargs)
+        opening = functools.partial(warmed_up, cls, *args, **kwargs)
+        return await auninterrupted("milvus-open", opening, lambda store: store.close())
 
     @classmethod
     def from_vector_store(cls, vector_store: MilvusVectorStore, **limits: Any) -> Self:

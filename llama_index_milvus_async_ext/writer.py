@@ -23,6 +23,7 @@ from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
 from llama_index_milvus_async_ext._milvus.session import Connected
+from llama_index_milvus_async_ext._store.partitions import named_partition
 from llama_index_milvus_async_ext.report import WriteReport
 from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
 
@@ -53,6 +54,7 @@ class AsyncMilvusWriter(TransformComponent):
             default one. It must be there. With `replace_documents`, only what it holds is replaced.
 
     Raises:
+        QueryError: `milvus_partition_name` is no name.
         WriteError: With `on_failure="raise"`, if any node was not written; it carries the report.
     """
 
@@ -90,7 +92,7 @@ class AsyncMilvusWriter(TransformComponent):
             on_failure=on_failure,
             show_progress=show_progress,
             replace_documents=replace_documents,
-            milvus_partition_name=milvus_partition_name,
+            milvus_partition_name=named_partition(milvus_partition_name),
             **kwargs,
         )
 
@@ -139,7 +141,8 @@ class AsyncMilvusWriter(TransformComponent):
         what = "Embedding and writing" if self.embed_model is not None else "Writing"
         with tqdm(total=len(nodes), desc=f"{what} to Milvus", unit="node", disable=not self.show_progress) as bar:
             store, model, replaces = self.vector_store, self.embed_model, self.replace_documents
-            call = EmbedAndWrite(store, connected, nodes, model, replaces, self.milvus_partition_name or "", bar)
+            partition = named_partition(self.milvus_partition_name)  # it may have been assigned
+            call = EmbedAndWrite(store, connected, nodes, model, replaces, partition, bar)
             try:
                 with turns:
                     yield call

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import copy
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,10 +16,12 @@ from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters, VectorStoreQuery
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus import MilvusClient
+from pymilvus.exceptions import ConnectError
 
-from llama_index_milvus_async_ext import AsyncMilvusVectorStore
+from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore, AsyncMilvusWriter
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from tests.conftest import MakeNodes
+from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy, RequestRecord
 from tests.servers import MilvusServer
 
@@ -107,6 +110,58 @@ def test_settings_show_neither_token_nor_options() -> None:
     settings = ConnectionSettings("https://anne:s3cret@milvus.example:19530", options={"client_key_path": "my.key"})
     assert settings.token == "anne:s3cret"
     assert repr(settings) == str(settings) == "ConnectionSettings('https://milvus.example:19530')"
+
+
+@pytest.mark.parametrize(
+    ("uri", "bare", "token"),
+    [
+        ("http://anne:s3cret@milvus.example/db", "http://milvus.example/db", "anne:s3cret"),
+        ("HTTPS://:s3cret@milvus.example", "HTTPS://milvus.example", "s3cret"),  # an API key
+        ("http://s3cret@milvus.example", "http://milvus.example", "s3cret"),
+        ("http://s3cret:@milvus.example", "http://milvus.example", "s3cret"),
+        ("tcp://anne:s3/c:r#e?t@[::1]:19530", "tcp://[::1]:19530", "anne:s3/c:r#e?t"),
+        ("http://anne:s3@cr[et@milvus.example", "http://milvus.example", "anne:s3@cr[et"),
+        ("grpc://anne:s3cret@milvus.example:19530", "grpc://milvus.example:19530", "anne:s3cret"),
+        ("anne:s3cret@milvus.example:19530", "milvus.example:19530", "anne:s3cret"),
+        ("anne:s3://cret@milvus.example:19530", "milvus.example:19530", "anne:s3://cret"),
+        ("http://@milvus.example", "http://milvus.example", ""),
+        ("http://milvus.example", "http://milvus.example", ""),
+        ("unix:/run/a@b.socket", "unix:/run/a@b.socket", ""),
+        ("/data/a@b.db", "/data/a@b.db", ""),
+    ],
+)
+def test_an_address_keeps_no_token_whatever_it_is(uri: str, bare: str, token: str) -> None:
+    settings = ConnectionSettings(uri)
+    assert (settings.uri, settings.token) == (bare, token)
+    assert ConnectionSettings(uri, "other").token == "other", "what is given as the token counts"
+
+
+async def test_an_api_key_in_the_address_is_sent_as_the_token_and_shown_nowhere(
+    proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes, log: pytest.LogCaptureFixture
+) -> None:
+    address = proxy.uri.replace("://", "://:s3cret@")
+    async with AsyncMilvusVectorStore(address, collection_name=collection_name, dim=DIM) as store:
+        writer, retriever = AsyncMilvusWriter(store), AsyncMilvusRetriever(store, HashEmbedding(dim=DIM))
+        await writer.acall(make_nodes(3))
+        shown = [store.uri, repr(store), repr(writer), repr(retriever), writer.model_dump_json(), log.text]
+        shown += [str(each) for each in (store, store.to_dict(), store.model_dump(), writer.to_dict())]
+        shown += [store.model_dump_json(), str(writer.model_dump())]
+        assert not [text for text in shown if "s3cret" in text]
+    sent = {names_of(record)[0] for record in proxy.requests_of("Insert", "Upsert")}
+    assert sent == {"s3cret"}
+
+
+@pytest.mark.parametrize("scheme", ["grpc://", "milvus://", "", "http://", "https://", "tcp://"])
+@pytest.mark.parametrize("who", ["anne:s3cret", ":s3cret", "anne:x/s3cret"])
+def test_what_is_said_of_an_address_that_leads_nowhere_holds_no_token(
+    scheme: str, who: str, log: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConnectError, match=f"can't connect to {scheme}127.0.0.1:1: ") as refused:
+        AsyncMilvusVectorStore(f"{scheme}{who}@127.0.0.1:1", dim=DIM)
+    shown = [log.text, *traceback.format_exception(refused.value)]
+    for error in (refused.value, refused.value.__cause__):
+        shown += [str(error), repr(error), repr(vars(error))]
+    assert not [text for text in shown if "s3cret" in text]
 
 
 def names_of(record: RequestRecord) -> tuple[str, str]:

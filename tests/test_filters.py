@@ -509,6 +509,32 @@ def test_lists_on_odd_keys_mean_what_they_mean_on_plain_ones(rows: Rows) -> None
         rows.delete('id like "twin%"')
 
 
+def test_membership_is_decided_of_each_row_whatever_others_have_under_the_key(rows: Rows) -> None:
+    """On Lite one row with a list there made `in` fail for everybody."""
+    kinds = {"text": "red", "line": "a\nb%", "number": 7, "share": 0.5, "list": ["red"], "deep": {"a": ["red"]}}
+    kinds |= {"negative": [-5, "x"], "empty": [], "none": None}
+    rows.insert(*({"id": f"kind {kind}", "some": value, "o-d-d": value} for kind, value in kinds.items()))
+    try:
+        lists: list[list[Any]] = [[], ["red"], ["red", 'it\'s "red"'], ["a\nb%"], [7, -3], [0.5], [2**63 - 1]]
+        lists += [["red", 7, 0.5]] if rows.is_lite else []  # a server takes values of one type
+        for values in lists:
+            among = {kind for kind, value in kinds.items() if any(value == each for each in values)}
+            others = kinds.keys() - among
+            for key, operator, condition, expected in [
+                *((key, Op.IN, AND, among) for key in ("some", "o-d-d")),
+                *((key, Op.IN, NOT, others) for key in ("some", "o-d-d")),
+                *((key, Op.NIN, NOT, among) for key in ("some", "o-d-d")),
+                ("some", Op.NIN, AND, others),
+            ]:
+                each = filters(where(key, [], operator).model_copy(update={"value": values}), condition=condition)
+                found = rows.ids(f'id like "kind%" and {filter_expression(each, is_lite=rows.is_lite)}')
+                assert found == {f"kind {kind}" for kind in expected}, (key, operator, condition, values)
+        for operator, value in [(Op.CONTAINS, -5), (Op.ANY, [-5]), (Op.ALL, [-5])]:
+            assert rows.ids(filter_expression(filters(where("some", value, operator)))) == {"kind negative"}
+    finally:
+        rows.delete('id like "kind%"')
+
+
 def test_lite_says_so_where_it_cannot_look_into_lists(rows: Rows) -> None:
     for operator, value in [(Op.CONTAINS, "x"), (Op.ANY, ["x"]), (Op.ALL, ["x"]), (Op.IS_EMPTY, None)]:
         expression = filter_expression(filters(where("o-d-d", value, operator)))

@@ -405,6 +405,15 @@ def test_a_bad_node_is_named_with_what_is_wrong(changes: dict[str, Any], says: s
     assert isinstance(refused.value, SchemaMismatchError) == ("dimensions" in says or "UTF-8" in says)
 
 
+@pytest.mark.parametrize("embedding", [(number for number in [0.1] * DIM), np.array(0.1, "float32"), 0.1])
+def test_an_embedding_without_a_length_is_named(embedding: Any) -> None:
+    node = a_node()
+    node.__dict__["embedding"] = embedding
+    says = f"node 'n1' can't be stored: its embedding is no list of numbers, but {type(embedding).__name__}; check"
+    with pytest.raises(ValueError, match=says):
+        encoder(Schema(described())).encode(node)
+
+
 INTEGERS = {DataType.INT8: 7, DataType.INT16: 15, DataType.INT32: 31, DataType.INT64: 63}
 MOST_FLOAT = float(np.finfo(np.float32).max)
 TAKEN: dict[DataType, list[Any]] = {

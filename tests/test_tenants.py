@@ -16,7 +16,13 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus import DataType
 from pymilvus.exceptions import MilvusException
 
-from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore, AsyncMilvusWriter, aingest
+from llama_index_milvus_async_ext import (
+    AsyncMilvusRetriever,
+    AsyncMilvusVectorStore,
+    AsyncMilvusWriter,
+    aingest,
+    ingest,
+)
 from llama_index_milvus_async_ext._milvus.replacing import misplaces_upserts
 from tests.conftest import Backend
 from tests.embedding import HashEmbedding
@@ -218,6 +224,39 @@ async def test_a_partition_that_is_not_there_is_named_with_what_to_do(open_store
     for names in ([], "here", (name for name in ["here"])):
         with pytest.raises(ValueError, match=r"milvus_partition_names (is empty|must be a list)"):
             store.query(query_of(), milvus_partition_names=names)
+
+
+@pytest.mark.parametrize("name", ["", [], 0, False, ["a"]])
+def test_what_is_no_name_of_a_partition_reaches_none_instead_of_all(open_store: Open, name: Any) -> None:
+    """To Milvus an empty name is no name: a delete would reach the rows of every tenant."""
+    store = open_store()
+    make_partitions(store, "a", "b")
+    document = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id="d")}
+    for tenant in "ab":
+        nodes = [node.model_copy(update={"relationships": document}) for node in nodes_of(tenant, 2)]
+        store.add(nodes, milvus_partition_name=tenant)
+    good, assigned = AsyncMilvusWriter(store, replace_documents=True), AsyncMilvusWriter(store, replace_documents=True)
+    assigned.milvus_partition_name = name
+    pipeline = IngestionPipeline(transformations=[Lines(), Model(), assigned])
+    changes: list[Callable[[], Any]] = [
+        lambda: store.delete("d", milvus_partition_name=name),
+        lambda: store.delete_nodes(filters=only("a"), milvus_partition_name=name),
+        lambda: store.delete_nodes(["a-0", "b-0"], milvus_partition_name=name),
+        lambda: store.add(nodes, milvus_partition_name=name),
+        lambda: store.write(nodes, milvus_partition_name=name),
+        lambda: AsyncMilvusWriter(store, replace_documents=True, milvus_partition_name=name),
+        lambda: assigned(nodes),
+        lambda: ingest(pipeline, [Document(id_="d", text="words")]),
+    ]
+    for change in changes:
+        with pytest.raises(ValueError, match="milvus_partition_name must be the name of one partition, got "):
+            change()
+    with pytest.raises(ValueError, match="milvus_partition_names must be a list of names"):
+        store.query(query_of(), milvus_partition_names=["a", name])
+    assert owners(store) == ["a", "a", "b", "b"], "none is gone, none was added"
+    good.milvus_partition_name = None
+    good([TextNode(id_="new", metadata={"tenant": "c"}, embedding=[1.0] * DIM, relationships=document)])
+    assert owners(store) == ["c"], "None is: no partition is named"
 
 
 def test_what_is_named_otherwise_than_a_call_takes_it_is_refused_and_not_passed_over(open_store: Open) -> None:

@@ -44,7 +44,7 @@ class EmbedAndWrite:
         nodes: The nodes.
         model: What embeds those without an embedding, if anything does.
         replaces_documents: Whether the earlier nodes of the documents in hand are deleted at the end.
-        partition: The partition to write to, and to replace documents in; empty for the default one, and for all.
+        partition: The partition to write to, and to replace documents in; None for the default one, and for all.
         bar: A tqdm bar of nodes.
     """
 
@@ -55,7 +55,7 @@ class EmbedAndWrite:
         nodes: Sequence[BaseNode],
         model: BaseEmbedding | None,
         replaces_documents: bool,
-        partition: str,
+        partition: str | None,
         bar: Any,
     ) -> None:
         self._started = time.perf_counter()

@@ -13,6 +13,7 @@ from llama_index.core.storage.docstore.types import BaseDocumentStore
 from llama_index.vector_stores.milvus import MilvusVectorStore
 
 from llama_index_milvus_async_ext._ingest.versions import described, named_version, version_of
+from llama_index_milvus_async_ext._store.partitions import named_partition
 
 
 class Embedding(NamedTuple):
@@ -48,7 +49,7 @@ class Job:
 
     Attributes:
         store: Where the nodes go; a plain store is still to be taken over.
-        partition: The partition that holds them; empty for the default one.
+        partition: The partition that holds them; None for the default one.
         steps: What is made of a document.
         source: Name of the documents' source.
         version: The version of a document, which has this hash.
@@ -60,7 +61,7 @@ class Job:
     """
 
     store: MilvusVectorStore
-    partition: str
+    partition: str | None
     steps: Steps
     source: str
     version: Callable[[BaseNode, str], str]
@@ -142,9 +143,9 @@ def _versions(version: str | Callable[[Any], str], source: str) -> Callable[[Bas
     return lambda document, hash_: version_of(document, version, source, hash_)
 
 
-def _partition_of(pipeline: IngestionPipeline, writers: Callable[[TransformComponent], bool]) -> str:
+def _partition_of(pipeline: IngestionPipeline, writers: Callable[[TransformComponent], bool]) -> str | None:
     last: Any = pipeline.transformations[-1] if pipeline.transformations else None
-    return (last.milvus_partition_name or "") if last is not None and writers(last) else ""
+    return named_partition(last.milvus_partition_name) if last is not None and writers(last) else None
 
 
 def _store_of(pipeline: IngestionPipeline, writers: Callable[[TransformComponent], bool]) -> MilvusVectorStore:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import SplitResult, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from pymilvus import MilvusClient
 
 from llama_index_milvus_async_ext._milvus import lite
 
 _LOOPBACK_KEEPALIVE_MS = 600_000
+_WITH_TOKEN = re.compile(r"((?:[a-z][a-z0-9+.-]*://)?)(.*)@(.*)", re.IGNORECASE | re.DOTALL)
 
 
 class ConnectionSettings:
@@ -20,8 +22,8 @@ class ConnectionSettings:
     The token and the other options never show in the `repr`.
 
     Args:
-        uri: Path of a Milvus Lite file (ending in ".db"), or address of a server. User and password in it are moved
-            into the token.
+        uri: Path of a Milvus Lite file (ending in ".db"), or address of a server. User and password, or an API key, in
+            it are moved into the token.
         token: API key, or "user:password".
         options: Further arguments of `MilvusClient`.
         served_at: For a Milvus Lite file, the address at which another process serves it, and that process's number,
@@ -31,10 +33,8 @@ class ConnectionSettings:
     def __init__(
         self, uri: str, token: str = "", options: Mapping[str, Any] | None = None, served_at: str | None = None
     ) -> None:
-        parsed = urlsplit(uri)
-        if parsed.scheme in ("http", "https", "tcp") and parsed.username:
-            token = token or ":".join(filter(None, (parsed.username, parsed.password)))
-            uri = urlunsplit(parsed._replace(netloc=parsed.netloc.rpartition("@")[2]))
+        uri, found = _parted(uri)
+        token = token or found
         if uri.endswith(".db"):
             uri = lite.real_path(uri)
         self.uri = uri
@@ -47,7 +47,7 @@ class ConnectionSettings:
             "grpc.max_reconnect_backoff_ms": 1_000,
             # Milvus Lite answers the ten-second pings of pymilvus with "too many pings" on stderr; and on loopback,
             # where it mostly is, no connection dies unnoticed.
-            **({"grpc.keepalive_time_ms": _LOOPBACK_KEEPALIVE_MS} if self.is_file or _is_loopback(parsed) else {}),
+            **({"grpc.keepalive_time_ms": _LOOPBACK_KEEPALIVE_MS} if self.is_file or _is_loopback(uri) else {}),
             **self.options.get("grpc_options", {}),
         }
         self._key = (uri, token, repr(sorted(self.options.items())))
@@ -104,8 +104,23 @@ class ConnectionSettings:
         return f"ConnectionSettings({self.uri!r})"
 
 
-def _is_loopback(uri: SplitResult) -> bool:
-    host = uri.hostname or ""
+def _parted(uri: str) -> tuple[str, str]:
+    """An address, and the token that stood in it; "" for none.
+
+    It is read as text, by the last "@", whatever its scheme, or without one: an address that will be refused must have
+    no secret either, as the refusal shows it.
+    """
+    found = _WITH_TOKEN.fullmatch(uri)
+    is_path = uri.startswith("unix:") or (uri.endswith(".db") and "://" not in uri)
+    if found is None or is_path:
+        return uri, ""
+    scheme, who, where = found.groups()
+    # As pymilvus sends it: "user:password"; or what is alone, on either side of the colon, an API key.
+    return scheme + where, ":".join(filter(None, who.partition(":")[::2]))
+
+
+def _is_loopback(uri: str) -> bool:
+    host = urlsplit(uri).hostname or ""
     return host == "localhost" or host == "::1" or host.startswith("127.")
 
 

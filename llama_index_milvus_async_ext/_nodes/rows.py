@@ -160,10 +160,17 @@ class RowEncoder:
                 "it has no embedding",
                 "give the pipeline or the writer an embed_model, or set node.embedding",
             )
-        if len(embedding) != self._dim:
+        try:
+            dim = len(embedding)
+        except TypeError:  # a generator, or an array of no dimension
+            kind = type(embedding).__name__
+            raise _refused(
+                node, f"its embedding is no list of numbers, but {kind}", "check the embedding model"
+            ) from None
+        if dim != self._dim:
             raise _mismatch(
                 node,
-                f"its embedding has {len(embedding)} dimensions, the collection has {self._dim}",
+                f"its embedding has {dim} dimensions, the collection has {self._dim}",
                 "use the embedding model that the collection was made for, or another collection",
             )
         try:

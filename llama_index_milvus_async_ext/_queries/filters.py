@@ -112,9 +112,8 @@ def filter_expression(filters: MetadataFilters | None, scalar_filters: Any = Non
     `ALL` and `IS_EMPTY` to the latter, and says so. `TEXT_MATCH` is a prefix match that takes `%` and `_` literally.
 
     A row without the key matches `NE`, `NIN` and `IS_EMPTY`, and nothing else. On Lite alone, an `NE` that stands below
-    no `NOT` leaves such rows out, as upstream's does, and so does an `NIN` where the key's values are not all of one
-    type; and a text that would have to be put in order with the filter's number is found neither by the filter nor by
-    a `NOT` above it.
+    no `NOT` leaves such rows out, as upstream's does; `True` is 1 there, and `False` 0; and a text that would have to
+    be put in order with the filter's number is found neither by the filter nor by a `NOT` above it.
 
     Args:
         filters: The filters.
@@ -164,7 +163,7 @@ def _metadata_expression(filters: MetadataFilters, is_lite: bool, is_negated: bo
         if isinstance(each, MetadataFilters):
             parts.append(_metadata_expression(each, is_lite, is_negated))
         elif each.value is not None or each.operator == FilterOperator.IS_EMPTY:
-            test = _decided_test if is_lite and is_negated else _test
+            test = _test if not is_lite else _decided_test if is_negated else _lite_test
             parts.append(_named(test, each.key, each.operator, each.value))
     if condition == FilterCondition.NOT:
         matched = _joined("or", parts)
@@ -181,15 +180,21 @@ def _named(test: Callable[[str, Any, Any], str], key: str, operator: Any, value:
 
 def _decided_test(key: str, operator: FilterOperator, value: Any) -> str:
     """A test that is true or false of each row, for Lite, where one of a missing value is neither."""
-    test = _test(key, operator, value)
-    if operator in (FilterOperator.NE, FilterOperator.NIN):
+    test = _lite_test(key, operator, value)
+    if operator == FilterOperator.NE:
         return f"({key} is null or {test})"
-    if operator in _ARRAY_FUNCTIONS or operator == FilterOperator.IS_EMPTY:
+    if operator in _ARRAY_FUNCTIONS or operator in (FilterOperator.NIN, FilterOperator.IS_EMPTY):
         return test
     if operator == FilterOperator.TEXT_MATCH or (operator in _ORDERED and isinstance(value, str)):
         # Nor can Lite say of a number whether it comes before a text. It can say that it is no text.
         test = f'{key} like "%" and {test}'
     return f"({key} is not null and {test})"
+
+
+def _lite_test(key: str, operator: FilterOperator, value: Any) -> str:
+    if operator in (FilterOperator.IN, FilterOperator.NIN):
+        return _lite_membership(key, operator, value)
+    return _test(key, operator, value)
 
 
 def _test(key: str, operator: FilterOperator, value: Any) -> str:
@@ -214,12 +219,14 @@ def _array_test(key: str, function: FilterOperatorFunction, value: Any) -> str:
         raise QueryError(f"{function.name} needs a list of at least one value, not {shown(value)}")
     if function.name.endswith("_LENGTH") and not isinstance(value, int):
         raise QueryError(f"{function.name} needs a whole number, not {shown(value)}")
-    return function.value.format(key=key, value=_literal(value))
+    literal = _literal(value)
+    if function.name.endswith("_CONTAINS") and literal.startswith("-"):  # Lite parses a minus in a list only
+        function, literal = FilterOperatorFunction[f"{function.name}_ANY"], f"[{literal}]"
+    return function.value.format(key=key, value=literal)
 
 
 def _membership(key: str, operator: FilterOperator, values: Any) -> str:
-    if not isinstance(values, list):
-        raise QueryError(f"{operator.name} needs a list, not {shown(values)}")
+    _check_list(operator, values)
     negated = operator == FilterOperator.NIN
     if "[" not in key:
         return f"{key} {'not in' if negated else 'in'} {_literal(values)}"
@@ -228,6 +235,26 @@ def _membership(key: str, operator: FilterOperator, values: Any) -> str:
     sign, joint, pair = ("!=", "and", "or") if negated else ("==", "or", "and")
     tests = [f"{key} {sign} {_literal(value)}" for value in values]
     return _joined(joint, tests or [f"({key} == 0 {pair} {key} != 0)"])
+
+
+def _lite_membership(key: str, operator: FilterOperator, values: Any) -> str:
+    """A membership that is decided of each row, whatever it has under the key."""
+    _check_list(operator, values)
+    if "[" in key:
+        found = _membership(key, FilterOperator.IN, values)
+    else:
+        # Where rows differ in type, Lite's `in` fails at the first one with a list or an object, for everybody: so it
+        # is asked of texts alone. A chain for them as well takes minutes there, for a thousand texts.
+        texts = [value for value in values if isinstance(value, str)]
+        tests = [f'({key} like "%" and {key} in {_literal(texts)})'] if texts else []
+        tests += [f"{key} == {_literal(value)}" for value in values if not isinstance(value, str)]
+        found = _joined("or", tests) or f"({key} is null and {key} is not null)"
+    return f"({key} is null or (not ({found})))" if operator == FilterOperator.NIN else found
+
+
+def _check_list(operator: FilterOperator, values: Any) -> None:
+    if not isinstance(values, list):
+        raise QueryError(f"{operator.name} needs a list, not {shown(values)}")
 
 
 def _starts_with(key: str, value: Any) -> str:

@@ -106,7 +106,7 @@ async def _delete(
     others = {name: value for name, value in options.items() if not name.startswith("milvus_partition_name")}
     await check_partition(store, connected, port, partition)
     for expression in expressions:
-        delete = calls.delete(store.collection_name, expression, partition or None, others)
+        delete = calls.delete(store.collection_name, expression, partition, others)
         await calls.call(store, connected, port, delete, changes=True)
 
 

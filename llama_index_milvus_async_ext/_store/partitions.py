@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus.endpoint import Call, Endpoint
 from llama_index_milvus_async_ext._milvus.errors import QueryError
+from llama_index_milvus_async_ext._milvus.literals import shown
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._store import calls
 
@@ -16,20 +17,32 @@ if TYPE_CHECKING:
 
 
 # The names are taken from a call's options here, and nowhere else: what a call looks in must not be more than it says.
+# That none is named is said by None alone: to Milvus an empty name is none as well, so that a delete would reach all.
 
 
-def partition_of(options: Mapping[str, Any]) -> str:
-    """The partition to write to, or to delete from; "" for the default one, or for all.
+def named_partition(name: Any) -> str | None:
+    """The partition to write to, or to delete from, as a caller names it; None for the default one, or for all.
+
+    Raises:
+        QueryError: It is neither None nor a name.
+    """
+    if name is None or _is_name(name):
+        return name
+    raise QueryError(
+        f"milvus_partition_name must be the name of one partition, got {shown(name)}: leave it out, or give None, to "
+        "name none"
+    )
+
+
+def partition_of(options: Mapping[str, Any]) -> str | None:
+    """As `named_partition`, of the options of a write or a delete.
 
     Raises:
         QueryError: It is no name, or stands under the name of what reads take.
     """
     if options.get("milvus_partition_names") is not None:
         raise QueryError("writes and deletes take milvus_partition_name, one name, and not milvus_partition_names")
-    name = options.get("milvus_partition_name") or ""
-    if not isinstance(name, str):
-        raise QueryError(f"milvus_partition_name must be the name of one partition, got {name!r}")
-    return name
+    return named_partition(options.get("milvus_partition_name"))
 
 
 def partitions_of(options: Mapping[str, Any]) -> list[str] | None:
@@ -44,8 +57,8 @@ def partitions_of(options: Mapping[str, Any]) -> list[str] | None:
     names = options.get("milvus_partition_names")
     if names is None:
         return None
-    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
-        raise QueryError(f"milvus_partition_names must be a list of names of partitions, got {names!r}")
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(map(_is_name, names)):
+        raise QueryError(f"milvus_partition_names must be a list of names of partitions, got {shown(names)}")
     if not names:
         raise QueryError(
             "milvus_partition_names is empty, and Milvus would look in all partitions: leave it out for that, or name "
@@ -54,9 +67,13 @@ def partitions_of(options: Mapping[str, Any]) -> list[str] | None:
     return list(names)
 
 
-async def check_partition(store: OpenStore, connected: Connected, port: Port, name: str) -> None:
-    """As `check_partitions`, for the one to write to, or to delete from; "" needs no check."""
-    await check_partitions(store, connected, port, [name] if name else None)
+def _is_name(name: object) -> TypeGuard[str]:
+    return isinstance(name, str) and name != ""
+
+
+async def check_partition(store: OpenStore, connected: Connected, port: Port, name: str | None) -> None:
+    """As `check_partitions`, for the one to write to, or to delete from; None needs no check."""
+    await check_partitions(store, connected, port, None if name is None else [name])
 
 
 async def check_partitions(store: OpenStore, connected: Connected, port: Port, names: Sequence[str] | None) -> None:
@@ -68,7 +85,7 @@ async def check_partitions(store: OpenStore, connected: Connected, port: Port, n
         QueryError: One is not there, or the collection's rows find their partitions by themselves.
         MilvusException: They could not be asked for.
     """
-    if not names:
+    if names is None:
         return
     collection = store.collection_name
     schema = await calls.schema(store, connected, port)

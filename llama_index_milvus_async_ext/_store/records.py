@@ -84,15 +84,15 @@ class Records:
         store: The store.
         connected: Its connection, on which this call has begun.
         port: The caller's.
-        partition: The only partition to look at, and to delete from; empty for all.
+        partition: The only partition to look at, and to delete from; None for all.
     """
 
-    def __init__(self, store: OpenStore, connected: Connected, port: Port, partition: str = "") -> None:
+    def __init__(self, store: OpenStore, connected: Connected, port: Port, partition: str | None = None) -> None:
         self._store = store
         self._connected = connected
         self._port = port
-        self._partition = partition or None
-        self._partitions = [partition] if partition else None
+        self._partition = partition
+        self._partitions = None if partition is None else [partition]
 
     async def rows_of(self, document_ids: Sequence[str]) -> StoredRows:
         """All rows of these documents, as they are now.

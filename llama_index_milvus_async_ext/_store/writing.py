@@ -40,7 +40,7 @@ class Write:
         connected: Its connection, on which this call has begun.
         port: The caller's.
         nodes: The nodes.
-        partition: The partition; empty for the default one.
+        partition: The partition; None for the default one.
         force_flush: Whether to have Milvus seal what was written.
         records: What the row of each node says of its document; such rows replace earlier ones of the same id,
             whatever the store's `upsert_mode`.
@@ -52,7 +52,7 @@ class Write:
         connected: Connected,
         port: Port,
         nodes: Sequence[BaseNode],
-        partition: str = "",
+        partition: str | None = None,
         force_flush: bool = False,
         records: Sequence[bytes] | None = None,
     ) -> None:

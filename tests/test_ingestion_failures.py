@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_index.core.schema import BaseNode, Document, TextNode
+from llama_index.core.schema import BaseNode, Document, NodeRelationship, RelatedNodeInfo, TextNode
 from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy
@@ -347,6 +347,41 @@ def test_documents_that_cannot_be_written_are_there_in_their_earlier_version(
         assert all(set(there[each.node_id]) >= set(expected([each])[each.node_id]) for each in docs(5))
         run(writing_to(store), now)
         assert held(store) == expected(now)
+
+
+@both
+def test_what_was_certainly_not_written_is_not_deleted(proxy: FaultProxy, collection_name: str, run: Ingest) -> None:
+    with through(proxy, collection_name) as store:
+        run(writing_to(store), docs(2))
+        proxy.script(MilvusError(65535, "broken"), method="Upsert")
+        before = proxy.counts["Delete"]
+        report = run(writing_to(store), docs(5, version="second"), on_failure="collect")
+        assert counts(report) == (0, 0, 0, 0, 5)
+        assert proxy.counts["Delete"] == before, "in an outage each of them would take as long as the write has"
+        proxy.heal()
+        assert held(store) == expected(docs(2))
+
+
+@both
+def test_of_a_document_written_in_part_only_what_was_written_is_deleted(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    of_d = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id="d")}
+    other = TextNode(id_="d#1", text="of another run", embedding=Model().vector("two"), relationships=of_d)
+
+    class Unwritable(Lines):
+        """Its last node can't be stored; but another run, that goes on beside this one, has stored it."""
+
+        def __call__(self, nodes: Any, **kwargs: Any) -> Any:
+            store.add([other])
+            made = super().__call__(nodes)
+            made[-1].embedding = [float("nan")] * DIM
+            return made
+
+    steps = [Unwritable(own_ids=True), AsyncMilvusWriter(store, embed_model=Model())]
+    report = run(writing_to(store, transformations=steps), [doc("d", "one", "two")], on_failure="collect")
+    assert counts(report) == (0, 0, 0, 0, 1)
+    assert held(store) == {"d": ["of another run"]}
 
 
 @both

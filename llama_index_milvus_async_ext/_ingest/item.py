@@ -116,6 +116,17 @@ def weight_of_nodes(item: Item) -> int:
     return max(len(item.nodes), 1)
 
 
+def written_in_part(item: Item, part: WriteReport) -> list[Any]:
+    """The keys of a document's rows that are there now, or may be, though not all of them could be written.
+
+    Those that were refused are not among them: another run may have written them meanwhile. Nor are those that had a
+    row before.
+    """
+    absent, before = {id(each.node) for each in part.failed}, set(item.standing.stale)
+    written = [key for node, key in zip(item.nodes, item.keys, strict=True) if id(node) not in absent]
+    return [key for key in written if key not in before]
+
+
 def losses_of(items: Sequence[Item], report: WriteReport) -> list[tuple[Item, WriteReport]]:
     """The documents of which a write has not written all nodes, each with the report of its own."""
     owners = {id(node): item for item in items for node in item.nodes}

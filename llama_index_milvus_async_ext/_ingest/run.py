@@ -23,6 +23,7 @@ from llama_index_milvus_async_ext._ingest.item import (
     remedy_for_keys,
     weight_of_nodes,
     weight_of_text,
+    written_in_part,
 )
 from llama_index_milvus_async_ext._ingest.job import Embedding, Job
 from llama_index_milvus_async_ext._ingest.reading import Reading
@@ -312,7 +313,7 @@ class Ingestion:
     async def _without_failures(self, items: list[Item], report: WriteReport) -> list[Item]:
         failed = losses_of(items, report)
         # Else each run would leave some more of a document that can never be stored as a whole.
-        halves = [key for item, _ in failed for key in set(item.keys).difference(item.standing.stale)]
+        halves = [key for item, part in failed for key in written_in_part(item, part)]
         with contextlib.suppress(Exception):  # the next run that succeeds deletes them
             await self._records.delete(halves)
         for item, part in failed:

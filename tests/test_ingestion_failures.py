@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy
 from llama_index_milvus_async_ext._ingest.embedding import embed_nodes
-from llama_index_milvus_async_ext.ingestion import FailedDocument, IngestionError, IngestionReport, ingest
+from llama_index_milvus_async_ext.ingestion import FailedDocument, IngestionError, IngestionReport, aingest, ingest
 from tests import programs
 from tests.conftest import examples
 from tests.fault_proxy import FaultProxy
@@ -232,6 +234,61 @@ def test_nodes_of_one_id_in_two_documents_are_never_both_taken_for_whole(
     assert report.added + len(report.failed) == 1
     again = run(pipeline, [doc("d0", "same", "one")], on_failure="collect")
     assert again.unchanged == 0 or report.failed, "one of them must say so, or be written again"
+
+
+# --- streams that end early
+
+
+def found_cancelled() -> Iterator[Document]:
+    yield from docs(3)
+    raise asyncio.CancelledError  # as of a future of another loop
+
+
+class AwaitsWhatIsCancelled:
+    """A stream that awaits something of its own, which somebody has cancelled: a pool that was shut down."""
+
+    async def __aiter__(self) -> AsyncIterator[Document]:
+        for each in docs(3):
+            yield each
+        pool = asyncio.ensure_future(asyncio.sleep(60))
+        asyncio.get_running_loop().call_soon(pool.cancel)
+        await pool
+
+
+@both
+@pytest.mark.parametrize(
+    "stream",
+    [
+        found_cancelled,
+        pytest.param(
+            AwaitsWhatIsCancelled,
+            marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="nobody can tell on Python 3.10"),
+        ),
+    ],
+)
+def test_a_stream_in_which_something_was_cancelled_is_a_stream_that_raises(
+    store: AsyncMilvusVectorStore, run: Ingest, stream: Callable[[], Any]
+) -> None:
+    report = run(writing_to(store), stream(), on_failure="collect", delete_missing=True)
+    assert counts(report) == (3, 0, 0, 0, 1)
+    assert stages_of(report) == {None: "read"}
+    assert isinstance(report.failed[0].error, asyncio.CancelledError)
+    assert held(store) == expected(docs(3))
+
+
+async def test_a_run_that_is_cancelled_while_its_stream_awaits_is_cancelled(store: AsyncMilvusVectorStore) -> None:
+    has_begun = asyncio.Event()
+
+    async def stream() -> AsyncIterator[Document]:
+        yield docs(1)[0]
+        has_begun.set()
+        await asyncio.sleep(60)
+
+    running = asyncio.create_task(aingest(writing_to(store), stream(), on_failure="collect"))
+    await has_begun.wait()
+    running.cancel()
+    await asyncio.wait([running])
+    assert running.cancelled()
 
 
 # --- what the caller wants to be done about failures

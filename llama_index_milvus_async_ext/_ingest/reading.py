@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
@@ -13,6 +14,8 @@ from llama_index_milvus_async_ext._flow.threads import Calls
 
 _DOCUMENTS_PER_CALL = 100  # that is how far a stream is read ahead
 _SECONDS_PER_CALL = 0.02
+# A stream of awaited tasks, or of a loop of its own, may find one cancelled: nobody cancels what runs in a thread.
+_OF_A_STREAM = (Exception, asyncio.CancelledError)
 
 
 class Reading:
@@ -24,7 +27,7 @@ class Reading:
     """
 
     def __init__(self, stream: Iterable[Any] | AsyncIterable[Any], calls: Calls) -> None:
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.seconds = 0.0
         self._stream = stream
         self._calls = calls
@@ -56,7 +59,9 @@ class Reading:
                 element = await iterator.__anext__()
             except StopAsyncIteration:
                 return
-            except Exception as error:
+            except _OF_A_STREAM as error:
+                if isinstance(error, asyncio.CancelledError) and _may_be_cancelled():
+                    raise
                 self.error = error
                 return
             finally:
@@ -68,7 +73,7 @@ class Reading:
         """The stream's iterator, made where it is read: some things may only be used in the thread that made them."""
         try:
             return iter(stream)
-        except Exception as error:
+        except _OF_A_STREAM as error:
             self.error = error
             return None
 
@@ -83,7 +88,7 @@ class Reading:
                 arrivals.put(found)
         except StopIteration:
             return False
-        except Exception as error:
+        except _OF_A_STREAM as error:
             self.error = error
             return False
         finally:
@@ -125,6 +130,14 @@ class _Arrivals:
                 yield self._elements.popleft()
             if has_ended:
                 return
+
+
+def _may_be_cancelled() -> bool:
+    """Whether a `CancelledError` in this task may be one of the task's own, and not of something that it awaited."""
+    task = asyncio.current_task()
+    if sys.version_info < (3, 11):  # where nobody could tell
+        return True
+    return task is None or task.cancelling() > 0
 
 
 def _flat(element: Any) -> list[Any]:

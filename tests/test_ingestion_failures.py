@@ -314,21 +314,42 @@ def test_raising_comes_after_all_that_can_be_done(store: AsyncMilvusVectorStore,
 
 
 @both
-def test_too_many_failures_end_the_reading(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+@pytest.mark.parametrize("is_async", [False, True], ids=["iterable", "async-iterable"])
+def test_too_many_failures_end_the_reading(store: AsyncMilvusVectorStore, run: Ingest, is_async: bool) -> None:
     read = 0
 
-    def stream() -> Iterator[Document]:
+    def bad() -> Iterator[Document]:
         nonlocal read
         for n in range(100_000):
             read += 1
             yield doc(f"bad{n}", "unsplittable")
 
+    async def awaited() -> AsyncIterator[Document]:
+        for each in bad():
+            yield each
+
+    stream = awaited if is_async else bad
     run(writing_to(store), docs(3), source="s")
     report = run(writing_to(store), stream(), source="s", max_failures=5, delete_missing=True, on_failure="collect")
     assert len(report.failed) > 5
     assert read < 20_000, "no more than what is under way at once"
-    assert report.documents < read
+    assert report.documents == read, "and each of them stands in the report"
+    assert len({each.document_id for each in report.failed}) == read
     assert held(store) == expected(docs(3)), "and nothing is deleted"
+
+
+@both
+def test_what_had_been_read_when_the_run_gave_up_says_so(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+    run(writing_to(store), docs(1))
+    documents = [*docs(1), doc("bad", "unsplittable"), *docs(50)[1:]]
+    report = run(writing_to(store), documents, max_failures=0, on_failure="collect")
+    assert report.documents == 51
+    errors = {each.document_id: str(each.error) for each in report.failed}
+    assert errors.pop("bad") == "this line can't be split"
+    assert set(errors.values()) == {"given up, as more than 0 documents had failed (max_failures)"}
+    assert report.unchanged == 1
+    assert run(writing_to(store), docs(50)).ok
+    assert held(store) == expected(docs(50))
 
 
 @both

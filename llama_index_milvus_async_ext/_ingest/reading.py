@@ -31,6 +31,11 @@ class Reading:
         self.seconds = 0.0
         self._stream = stream
         self._calls = calls
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Read no further; what has been read is still yielded."""
+        self._is_stopped = True
 
     async def elements(self) -> AsyncIterator[Any]:
         """The elements; none follow an error of the stream's."""
@@ -48,12 +53,12 @@ class Reading:
             try:
                 async for element in arrivals.elements():
                     yield element
-                is_more = await reading
+                is_more = await reading and not self._is_stopped
             finally:
                 reading.cancel()
 
     async def _awaited(self, iterator: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        while True:
+        while not self._is_stopped:
             started = time.perf_counter()
             try:
                 element = await iterator.__anext__()
@@ -82,7 +87,8 @@ class Reading:
         started = time.perf_counter()
         number = 0
         try:
-            while number < _DOCUMENTS_PER_CALL and time.perf_counter() < started + _SECONDS_PER_CALL:
+            end = started + _SECONDS_PER_CALL
+            while number < _DOCUMENTS_PER_CALL and time.perf_counter() < end and not self._is_stopped:
                 found = _flat(next(iterator))
                 number += len(found)
                 arrivals.put(found)

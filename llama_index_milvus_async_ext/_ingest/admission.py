@@ -32,6 +32,7 @@ class Admission:
         self._reading = reading
         self._settling = settling
         self._tally = tally
+        self._duplicates = settling.duplicates
         self._open: dict[str, asyncio.Event] = {}  # documents that are under way, by their ids
         self._has_warned: set[str] = set()
 
@@ -54,6 +55,10 @@ class Admission:
                 continue
             async for each in self._let_in(item):
                 yield each
+        if self.is_complete:
+            for original, left_out in self._duplicates.orphans().items():
+                async for each in self._let_in_again(left_out, original):
+                    yield each
 
     def leave(self, item: Item) -> None:
         """Nothing more is done about a document: another one of its id may come."""
@@ -65,9 +70,24 @@ class Admission:
         if item.document_id in self._open:
             self._warn_once(f"the stream holds document {item.document_id[:80]!r} more than once: the last one counts")
             await self._until_left(item.document_id)
-        await self._until_left(self._settling.original_of(item))
+        async for each in self._let_in_again(self._duplicates.lost_by(item), item.document_id):
+            yield each
+        self._duplicates.come(item)
+        await self._until_left(self._duplicates.original_of(item))
         self._open[item.document_id] = asyncio.Event()
         yield item
+
+    async def _let_in_again(self, left_out: list[str], original: str) -> AsyncIterator[Item]:
+        """Let documents in that may have been left out for the sake of another one, which is lost once this ends."""
+        for document_id in left_out:  # all of them: who is still looked up must not meet who takes the place
+            await self._until_left(document_id)
+        for document_id in left_out:
+            item = self._settling.take_back(document_id, original)
+            if item is not None:
+                async for each in self._let_in(item):
+                    yield each
+        for document_id in left_out:
+            await self._until_left(document_id)
 
     async def _until_left(self, document_id: str | None) -> None:
         if document_id in self._open:

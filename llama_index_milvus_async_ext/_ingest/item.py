@@ -32,11 +32,11 @@ class Item:
         nodes: What has been made of it; until they are written.
         keys: The primary keys of its nodes.
         is_closed: Whether nothing more is done about it.
-        is_duplicate: Whether another document of the same content stands for it.
+        original: The document that stands for it, as it holds the same content, if one does.
     """
 
     __slots__ = (
-        *("chars", "document", "document_id", "hash", "is_closed", "is_duplicate", "keys", "nodes", "standing"),
+        *("chars", "document", "document_id", "hash", "is_closed", "keys", "nodes", "original", "standing"),
         "version",
     )
 
@@ -50,7 +50,11 @@ class Item:
         self.nodes: list[BaseNode] = []
         self.keys: list[Any] = []
         self.is_closed = False
-        self.is_duplicate = False
+        self.original: str | None = None
+
+    def again(self) -> Item:
+        """The document, of which nothing is known yet."""
+        return Item(self.document, self.document_id, self.version, self.hash)
 
     @property
     def unsure_keys(self) -> list[Any]:

@@ -160,19 +160,19 @@ class Ingestion:
         except Exception as error:
             self._fail(changed, "look-up", error)
             changed = []
-        unchanged += [item for item in changed if item.is_duplicate]
+        unchanged += [item for item in changed if item.original is not None]
         if unchanged:
             await self._settle(unchanged)
-        return [item for item in changed if not item.is_duplicate]
+        return [item for item in changed if item.original is None]
 
     async def _mark_duplicates(self, items: list[Item]) -> None:
         """Find those documents that another one stands for: which is there, whole, with the same content."""
-        originals = {item.document_id: self._settling.original_of(item) for item in items}
+        originals = {item.document_id: self._settling.duplicates.original_of(item) for item in items}
         rows = await self._records.rows_of(list({each for each in originals.values() if each is not None}))
         for item in items:
             original = originals[item.document_id]
-            if original is not None:
-                item.is_duplicate = standing(rows.of(original), item.version).is_whole
+            if original is not None and standing(rows.of(original), item.version).is_whole:
+                item.original = original
 
     def _transformed_by(self, group: int) -> Any:
         async def transform(items: list[Item]) -> list[Item]:

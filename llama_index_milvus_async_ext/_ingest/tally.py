@@ -69,6 +69,10 @@ class Tally:
         self.failed.append(FailedDocument(document_id, stage, error, report))
         self.advance(1 if document_id is not None else 0)
 
+    def count(self, outcome: str, documents: int) -> None:
+        """Count documents that were "added", "replaced" or "unchanged"."""
+        setattr(self, outcome, getattr(self, outcome) + documents)
+
     def count_texts(self, texts: int) -> None:
         """Count texts that a model has taken."""
         self.texts_embedded += texts

@@ -16,6 +16,7 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore
 from llama_index_milvus_async_ext._ingest.duplicates import Duplicates
+from llama_index_milvus_async_ext._ingest.item import Item
 from llama_index_milvus_async_ext.ingestion import ingest
 from tests.conftest import Backend, examples
 from tests.fault_proxy import FaultProxy
@@ -331,6 +332,22 @@ def test_what_cannot_be_kept_fails_where_its_original_changes_and_the_next_run_c
     assert held(store) == {"a": ["another"], "b": ["same"]}
     assert counts(run(pipeline, [doc("c", "same")], delete_missing=True)) == (1, 0, 0, 2, 0)
     assert held(store) == {"c": ["same"]}
+
+
+def test_what_is_left_out_for_one_original_is_not_let_go_of_as_another_comes() -> None:
+    duplicates = Duplicates({"x": "a", "z": "d"}, set(), unseen_are_deleted=False, is_wanted=True)
+    for hash_, original in (("x", "a"), ("z", "d")):  # it comes twice, with other content
+        item = Item(doc("b", hash_), "b", "version", hash_)
+        duplicates.come(item)
+        assert duplicates.original_of(item) == original
+        duplicates.leave_out(item, original, "unchanged")
+    duplicates.come(Item(doc("a", "x"), "a", "version", "x"))
+    changed = Item(doc("d", "y"), "d", "version", "y")
+    assert duplicates.lost_by(changed) == ["b"]
+    left_out = duplicates.take_back("b", "d")
+    assert left_out is not None and left_out.item is not None and left_out.item.hash == "z"
+    assert duplicates.first["z"] == "b" and duplicates.take_back("b", "d") is None
+    assert duplicates.room == Duplicates({}, set(), False, True).room
 
 
 streams = st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("xyz")), unique_by=lambda each: each[0])

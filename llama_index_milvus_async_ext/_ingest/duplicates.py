@@ -82,7 +82,7 @@ class Duplicates:
         self._come.add(item.document_id)
         self._forget(item.document_id)
         for document_id in self._relying.get(item.document_id, {}):
-            self._keep_no_longer(document_id)
+            self._keep_no_longer(document_id, item.document_id)
 
     def orphans(self) -> dict[str, list[str]]:
         """At the end of the stream: those that have relied on what is deleted then, by that."""
@@ -102,10 +102,11 @@ class Duplicates:
             self.first[left_out.item.hash] = document_id
         return left_out
 
-    def _keep_no_longer(self, document_id: str) -> None:
+    def _keep_no_longer(self, document_id: str, original: str) -> None:
         """Its original has come: keep no more of a document than that it was left out."""
-        left_out = self._forget(document_id)
-        if left_out is not None:
+        left_out = self._left_out.get(document_id)
+        if left_out is not None and left_out.original == original:
+            self._forget(document_id)
             self._left_out[document_id] = left_out._replace(item=None)
 
     def _forget(self, document_id: str) -> LeftOut | None:

@@ -334,8 +334,19 @@ def test_what_cannot_be_kept_fails_where_its_original_changes_and_the_next_run_c
     assert held(store) == {"c": ["same"]}
 
 
+@both
+def test_what_several_hold_that_another_one_held_before_is_ingested_once(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    pipeline = without_duplicates(store, Model())
+    run(pipeline, [doc("a", "same")])
+    now = [doc("a", "another"), *(doc(f"b{n}", "same") for n in range(50))]
+    assert counts(run(pipeline, now)) == (1, 1, 49, 0, 0)
+    assert held(store) == {"a": ["another"], "b0": ["same"]}
+
+
 def test_what_is_left_out_for_one_original_is_not_let_go_of_as_another_comes() -> None:
-    duplicates = Duplicates({"x": "a", "z": "d"}, set(), unseen_are_deleted=False, is_wanted=True)
+    duplicates = Duplicates({"x": "a", "z": "d"}, {"a": "x", "d": "z"}, set(), unseen_are_deleted=False, is_wanted=True)
     for hash_, original in (("x", "a"), ("z", "d")):  # it comes twice, with other content
         item = Item(doc("b", hash_), "b", "version", hash_)
         duplicates.come(item)
@@ -347,7 +358,7 @@ def test_what_is_left_out_for_one_original_is_not_let_go_of_as_another_comes() -
     left_out = duplicates.take_back("b", "d")
     assert left_out is not None and left_out.item is not None and left_out.item.hash == "z"
     assert duplicates.first["z"] == "b" and duplicates.take_back("b", "d") is None
-    assert duplicates.room == Duplicates({}, set(), False, True).room
+    assert duplicates.room == Duplicates({}, {}, set(), False, True).room
 
 
 streams = st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("xyz")), unique_by=lambda each: each[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ class Duplicates:
 
     Attributes:
         first: The first document of each content, by its hash.
+        hashes: Of the documents that are recorded.
         seen: The documents that the stream has held so far.
         unseen_are_deleted: Whether an original goes that the stream does not hold.
         is_wanted: Whether duplicates are left out at all.
@@ -41,6 +42,7 @@ class Duplicates:
     """
 
     first: dict[str, str]
+    hashes: Mapping[str, str]
     seen: Collection[str]
     unseen_are_deleted: bool
     is_wanted: bool
@@ -79,6 +81,9 @@ class Duplicates:
         """Note that the stream holds a document, after those that it loses have come again."""
         if not self.is_wanted:
             return
+        before = self.hashes.get(item.document_id, item.hash)
+        if before != item.hash and self.first.get(before) == item.document_id:
+            del self.first[before]  # else each of several that hold the same now would find that it has changed
         self._come.add(item.document_id)
         self._forget(item.document_id)
         for document_id in self._relying.get(item.document_id, {}):

@@ -33,7 +33,7 @@ class Settling:
         self._seen: set[str] = set()
         self._hashes: dict[str, str] = {}  # of the documents that the docstore knows
         is_wanted = job.docstore is not None and job.docstore_strategy == DocstoreStrategy.DUPLICATES_ONLY
-        self.duplicates = Duplicates({}, self._seen, job.deletes_missing, is_wanted)
+        self.duplicates = Duplicates({}, self._hashes, self._seen, job.deletes_missing, is_wanted)
         self._told: tuple[int, dict[str, float]] = (0, {})
 
     @property
@@ -45,7 +45,7 @@ class Settling:
         """Ask the docstore what it knows, once."""
         if self._job.docstore is not None:
             self.duplicates.first.update(await self._job.docstore.aget_all_document_hashes())
-            self._hashes = {document_id: hash_ for hash_, document_id in self.duplicates.first.items()}
+            self._hashes.update((document_id, hash_) for hash_, document_id in self.duplicates.first.items())
 
     def see(self, document_id: str) -> None:
         """Note that the stream holds a document."""

@@ -281,6 +281,19 @@ async def test_a_thread_of_its_own_makes_all_calls_in_the_callers_context() -> N
     await until(lambda: not first.is_alive())
 
 
+async def test_a_thread_that_could_not_be_begun_is_begun_by_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    thread = OwnThread("tests-own")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            await thread.call(len, "abc")
+    assert await asyncio.wait_for(thread.call(len, "abc"), 30) == 3
+    thread.close()
+
+
 def test_the_waiting_thread_makes_the_calls_itself_and_the_loop_has_a_copy_of_its_context() -> None:
     token = context.set("the caller's")
 

@@ -7,13 +7,18 @@ import copy
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.schema import Document
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.vector_stores.milvus import MilvusVectorStore
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore
-from tests.conftest import Backend
+from llama_index_milvus_async_ext._ingest.duplicates import Duplicates
+from llama_index_milvus_async_ext._ingest.item import Item
+from llama_index_milvus_async_ext.ingestion import ingest
+from tests.conftest import Backend, examples
 from tests.fault_proxy import FaultProxy
 from tests.faults import MilvusError
 from tests.ingesting import (
@@ -21,6 +26,7 @@ from tests.ingesting import (
     Ingest,
     Lines,
     Model,
+    asynchronously,
     both,
     counts,
     doc,
@@ -227,3 +233,153 @@ def test_a_docstore_is_given_the_document_as_it_came(store: AsyncMilvusVectorSto
     hashed = given.hash
     run(writing_to(store, transformations=[Changing(), Model()], vector_store=store, docstore=docstore), [given])
     assert docstore.get_document_hash("d0") == hashed
+
+
+# --- duplicates whose originals change
+
+
+def without_duplicates(store: AsyncMilvusVectorStore, model: Model) -> IngestionPipeline:
+    return writing_to(store, model, docstore=SimpleDocumentStore(), docstore_strategy=DUPLICATES_ONLY)
+
+
+@both
+def test_what_was_left_out_is_ingested_as_soon_as_its_original_changes(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    pipeline = without_duplicates(store, Model())
+    run(pipeline, [doc("a", "same"), doc("b", "same"), doc("c", "same")])
+    now = [doc("b", "same"), doc("c", "same"), doc("a", "another")]
+    report = run(pipeline, now)
+    assert counts(report) == (1, 1, 1, 0, 0)
+    assert held(store) == {"a": ["another"], "b": ["same"]}
+    assert counts(run(pipeline, now)) == (0, 0, 3, 0, 0)
+    assert held(store) == {"a": ["another"], "b": ["same"]}
+
+
+@both
+@pytest.mark.parametrize("delete_missing", [False, True])
+def test_a_duplicate_that_comes_before_its_original_is_left_out_as_well(
+    store: AsyncMilvusVectorStore, run: Ingest, delete_missing: bool
+) -> None:
+    model = Model()
+    pipeline = without_duplicates(store, model)
+    same = [doc("a", "same"), doc("b", "same"), doc("c", "other")]
+    run(pipeline, same)
+    for documents in (same[::-1], same, same[::-1]):
+        assert counts(run(pipeline, documents, delete_missing=delete_missing)) == (0, 0, 3, 0, 0)
+        assert held(store) == {"a": ["same"], "c": ["other"]}
+    assert model.texts == 2
+
+
+@both
+def test_where_an_original_is_deleted_one_of_its_duplicates_takes_its_place(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    pipeline = without_duplicates(store, Model())
+    run(pipeline, [doc("a", "same"), doc("b", "same"), doc("c", "same")])
+    now = [doc("c", "same"), doc("b", "same")]
+    assert counts(run(pipeline, now, delete_missing=True)) == (1, 0, 1, 1, 0)
+    assert held(store) == {"c": ["same"]}
+    assert counts(run(pipeline, now[::-1], delete_missing=True)) == (0, 0, 2, 0, 0)
+
+
+@both
+def test_a_stream_that_breaks_off_takes_no_original_for_deleted(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+    def broken() -> Any:
+        yield doc("b", "same")
+        raise OSError("gone")
+
+    pipeline = without_duplicates(store, Model())
+    run(pipeline, [doc("a", "same")])
+    assert counts(run(pipeline, broken(), delete_missing=True, on_failure="collect")) == (0, 0, 1, 0, 1)
+    assert held(store) == {"a": ["same"]}
+
+
+twice = pytest.mark.filterwarnings("ignore:the stream holds document")  # where the first is still under way
+
+
+@both
+@twice
+def test_of_a_duplicate_that_comes_twice_the_last_one_counts(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+    pipeline = without_duplicates(store, Model())
+    run(pipeline, [doc("a", "same")])
+    run(pipeline, [doc("b", "same"), doc("b", "another"), doc("a", "third")])
+    assert held(store) == {"a": ["third"], "b": ["another"]}
+
+
+@both
+@twice
+def test_an_original_that_comes_twice_costs_its_duplicate_not_without_a_word(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    pipeline = without_duplicates(store, Model())
+    report = run(pipeline, [doc("a", "same"), doc("b", "same"), doc("a", "another")], on_failure="collect")
+    (failed,) = report.failed
+    assert failed.document_id == "b" and "document 'a' held the same" in str(failed.error)
+    assert held(store) == {"a": ["another"]}
+
+
+def test_what_cannot_be_kept_fails_where_its_original_changes_and_the_next_run_completes_it(
+    store: AsyncMilvusVectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Duplicates.__init__, "__defaults__", (0,))
+    pipeline = without_duplicates(store, Model())
+    run = asynchronously
+    run(pipeline, [doc("a", "same"), doc("b", "same")])
+    now = [doc("b", "same"), doc("a", "another")]
+    assert counts(run(pipeline, now, on_failure="collect")) == (0, 1, 0, 0, 1)
+    assert counts(run(pipeline, now)) == (1, 0, 1, 0, 0)
+    assert held(store) == {"a": ["another"], "b": ["same"]}
+    assert counts(run(pipeline, [doc("c", "same")], delete_missing=True)) == (1, 0, 0, 2, 0)
+    assert held(store) == {"c": ["same"]}
+
+
+@both
+def test_what_several_hold_that_another_one_held_before_is_ingested_once(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    pipeline = without_duplicates(store, Model())
+    run(pipeline, [doc("a", "same")])
+    now = [doc("a", "another"), *(doc(f"b{n}", "same") for n in range(50))]
+    assert counts(run(pipeline, now)) == (1, 1, 49, 0, 0)
+    assert held(store) == {"a": ["another"], "b0": ["same"]}
+
+
+def test_what_is_left_out_for_one_original_is_not_let_go_of_as_another_comes() -> None:
+    duplicates = Duplicates({"x": "a", "z": "d"}, {"a": "x", "d": "z"}, set(), unseen_are_deleted=False, is_wanted=True)
+    for hash_, original in (("x", "a"), ("z", "d")):  # it comes twice, with other content
+        item = Item(doc("b", hash_), "b", "version", hash_)
+        duplicates.come(item)
+        assert duplicates.original_of(item) == original
+        duplicates.leave_out(item, original, "unchanged")
+    duplicates.come(Item(doc("a", "x"), "a", "version", "x"))
+    changed = Item(doc("d", "y"), "d", "version", "y")
+    assert duplicates.lost_by(changed) == ["b"]
+    left_out = duplicates.take_back("b", "d")
+    assert left_out is not None and left_out.item is not None and left_out.item.hash == "z"
+    assert duplicates.first["z"] == "b" and duplicates.take_back("b", "d") is None
+    assert duplicates.room == Duplicates({}, {}, set(), False, True).room
+
+
+streams = st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("xyz")), unique_by=lambda each: each[0])
+
+
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(streams, st.booleans(), st.booleans()), min_size=2, max_size=4))
+def test_whatever_changes_each_content_of_the_stream_is_there(
+    store: AsyncMilvusVectorStore, history: list[tuple[list[tuple[str, str]], bool, bool]]
+) -> None:
+    store.client.delete(store.collection_name, filter='id != ""')
+    model = Model()
+    pipeline = without_duplicates(store, model)
+    for stream, delete_missing, is_async in history:
+        run = asynchronously if is_async else ingest
+        for attempt in range(2):
+            texts = model.texts
+            report = run(pipeline, [doc(*each) for each in stream], delete_missing=delete_missing)
+            assert report.documents == len(stream)
+            found = [text for each in held(store).values() for text in each]
+            assert set(found) >= {content for _, content in stream}
+            if delete_missing and stream:
+                assert sorted(found) == sorted({content for _, content in stream}), "and each of them once"
+            assert not attempt or model.texts == texts, "nothing has changed"

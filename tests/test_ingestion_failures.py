@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_index.core.schema import BaseNode, Document, TextNode
+from llama_index.core.schema import BaseNode, Document, NodeRelationship, RelatedNodeInfo, TextNode
 from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy
 from llama_index_milvus_async_ext._ingest.embedding import embed_nodes
-from llama_index_milvus_async_ext.ingestion import FailedDocument, IngestionError, IngestionReport, ingest
+from llama_index_milvus_async_ext.ingestion import FailedDocument, IngestionError, IngestionReport, aingest, ingest
 from tests import programs
 from tests.conftest import examples
 from tests.fault_proxy import FaultProxy
@@ -234,6 +236,61 @@ def test_nodes_of_one_id_in_two_documents_are_never_both_taken_for_whole(
     assert again.unchanged == 0 or report.failed, "one of them must say so, or be written again"
 
 
+# --- streams that end early
+
+
+def found_cancelled() -> Iterator[Document]:
+    yield from docs(3)
+    raise asyncio.CancelledError  # as of a future of another loop
+
+
+class AwaitsWhatIsCancelled:
+    """A stream that awaits something of its own, which somebody has cancelled: a pool that was shut down."""
+
+    async def __aiter__(self) -> AsyncIterator[Document]:
+        for each in docs(3):
+            yield each
+        pool = asyncio.ensure_future(asyncio.sleep(60))
+        asyncio.get_running_loop().call_soon(pool.cancel)
+        await pool
+
+
+@both
+@pytest.mark.parametrize(
+    "stream",
+    [
+        found_cancelled,
+        pytest.param(
+            AwaitsWhatIsCancelled,
+            marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="nobody can tell on Python 3.10"),
+        ),
+    ],
+)
+def test_a_stream_in_which_something_was_cancelled_is_a_stream_that_raises(
+    store: AsyncMilvusVectorStore, run: Ingest, stream: Callable[[], Any]
+) -> None:
+    report = run(writing_to(store), stream(), on_failure="collect", delete_missing=True)
+    assert counts(report) == (3, 0, 0, 0, 1)
+    assert stages_of(report) == {None: "read"}
+    assert isinstance(report.failed[0].error, asyncio.CancelledError)
+    assert held(store) == expected(docs(3))
+
+
+async def test_a_run_that_is_cancelled_while_its_stream_awaits_is_cancelled(store: AsyncMilvusVectorStore) -> None:
+    has_begun = asyncio.Event()
+
+    async def stream() -> AsyncIterator[Document]:
+        yield docs(1)[0]
+        has_begun.set()
+        await asyncio.sleep(60)
+
+    running = asyncio.create_task(aingest(writing_to(store), stream(), on_failure="collect"))
+    await has_begun.wait()
+    running.cancel()
+    await asyncio.wait([running])
+    assert running.cancelled()
+
+
 # --- what the caller wants to be done about failures
 
 
@@ -257,21 +314,42 @@ def test_raising_comes_after_all_that_can_be_done(store: AsyncMilvusVectorStore,
 
 
 @both
-def test_too_many_failures_end_the_reading(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+@pytest.mark.parametrize("is_async", [False, True], ids=["iterable", "async-iterable"])
+def test_too_many_failures_end_the_reading(store: AsyncMilvusVectorStore, run: Ingest, is_async: bool) -> None:
     read = 0
 
-    def stream() -> Iterator[Document]:
+    def bad() -> Iterator[Document]:
         nonlocal read
         for n in range(100_000):
             read += 1
             yield doc(f"bad{n}", "unsplittable")
 
+    async def awaited() -> AsyncIterator[Document]:
+        for each in bad():
+            yield each
+
+    stream = awaited if is_async else bad
     run(writing_to(store), docs(3), source="s")
     report = run(writing_to(store), stream(), source="s", max_failures=5, delete_missing=True, on_failure="collect")
     assert len(report.failed) > 5
     assert read < 20_000, "no more than what is under way at once"
-    assert report.documents < read
+    assert report.documents == read, "and each of them stands in the report"
+    assert len({each.document_id for each in report.failed}) == read
     assert held(store) == expected(docs(3)), "and nothing is deleted"
+
+
+@both
+def test_what_had_been_read_when_the_run_gave_up_says_so(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+    run(writing_to(store), docs(1))
+    documents = [*docs(1), doc("bad", "unsplittable"), *docs(50)[1:]]
+    report = run(writing_to(store), documents, max_failures=0, on_failure="collect")
+    assert report.documents == 51
+    errors = {each.document_id: str(each.error) for each in report.failed}
+    assert errors.pop("bad") == "this line can't be split"
+    assert set(errors.values()) == {"given up, as more than 0 documents had failed (max_failures)"}
+    assert report.unchanged == 1
+    assert run(writing_to(store), docs(50)).ok
+    assert held(store) == expected(docs(50))
 
 
 @both
@@ -347,6 +425,41 @@ def test_documents_that_cannot_be_written_are_there_in_their_earlier_version(
         assert all(set(there[each.node_id]) >= set(expected([each])[each.node_id]) for each in docs(5))
         run(writing_to(store), now)
         assert held(store) == expected(now)
+
+
+@both
+def test_what_was_certainly_not_written_is_not_deleted(proxy: FaultProxy, collection_name: str, run: Ingest) -> None:
+    with through(proxy, collection_name) as store:
+        run(writing_to(store), docs(2))
+        proxy.script(MilvusError(65535, "broken"), method="Upsert")
+        before = proxy.counts["Delete"]
+        report = run(writing_to(store), docs(5, version="second"), on_failure="collect")
+        assert counts(report) == (0, 0, 0, 0, 5)
+        assert proxy.counts["Delete"] == before, "in an outage each of them would take as long as the write has"
+        proxy.heal()
+        assert held(store) == expected(docs(2))
+
+
+@both
+def test_of_a_document_written_in_part_only_what_was_written_is_deleted(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    of_d = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id="d")}
+    other = TextNode(id_="d#1", text="of another run", embedding=Model().vector("two"), relationships=of_d)
+
+    class Unwritable(Lines):
+        """Its last node can't be stored; but another run, that goes on beside this one, has stored it."""
+
+        def __call__(self, nodes: Any, **kwargs: Any) -> Any:
+            store.add([other])
+            made = super().__call__(nodes)
+            made[-1].embedding = [float("nan")] * DIM
+            return made
+
+    steps = [Unwritable(own_ids=True), AsyncMilvusWriter(store, embed_model=Model())]
+    report = run(writing_to(store, transformations=steps), [doc("d", "one", "two")], on_failure="collect")
+    assert counts(report) == (0, 0, 0, 0, 1)
+    assert held(store) == {"d": ["of another run"]}
 
 
 @both

@@ -13,7 +13,7 @@ from llama_index.core.ingestion import DocstoreStrategy
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.readers.base import ReaderConfig
 from llama_index.core.readers.string_iterable import StringIterableReader
-from llama_index.core.schema import BaseNode, Document
+from llama_index.core.schema import BaseNode, Document, NodeRelationship, RelatedNodeInfo
 from llama_index.core.storage.docstore import SimpleDocumentStore
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, ingest
@@ -118,6 +118,28 @@ def test_the_callers_own_documents_are_left_as_they_came(store: AsyncMilvusVecto
     (node,) = store.get_nodes(node_ids=["d"])
     again = Document(id_="d", text="dogs run", metadata={"a": 1})
     assert node.embedding == pytest.approx(model.vector(again.get_content("embed")), abs=1e-6)
+
+
+@both
+def test_what_is_deep_in_the_callers_documents_is_left_as_it_came(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+    class Changing(Lines):
+        def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[BaseNode]:
+            for node in nodes:
+                node.metadata["pages"][0]["number"] += 1
+                node.metadata["names"].append("another")
+                node.excluded_embed_metadata_keys.append("names")
+                node.excluded_llm_metadata_keys.append("names")
+                node.relationships[NodeRelationship.CHILD][0].metadata["seen"] = True  # type: ignore[index,union-attr]
+                node.text_resource.text += " more"  # type: ignore[attr-defined]
+            return super().__call__(nodes)
+
+    pipeline = writing_to(store, transformations=[Changing(), Model(), AsyncMilvusWriter(store)])
+    document = doc("d", "text", pages=[{"number": 1}], names=["one"])
+    document.relationships = {NodeRelationship.CHILD: [RelatedNodeInfo(node_id="child")]}
+    before = document.model_copy(deep=True)
+    assert run(pipeline, [document]).added == 1
+    assert document == before
+    assert run(pipeline, [document]).unchanged == 1
 
 
 @both

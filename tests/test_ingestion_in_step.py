@@ -9,12 +9,13 @@ import pytest
 from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
-from llama_index.core.schema import Document, MetadataMode, NodeRelationship, TextNode
+from llama_index.core.schema import Document, MetadataMode, NodeRelationship, TextNode, TransformComponent
 from llama_index.core.vector_stores.types import VectorStoreQuery
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus import DataType, MilvusClient
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter
+from llama_index_milvus_async_ext._ingest.versions import described, version_of
 from llama_index_milvus_async_ext.ingestion import ingest
 from tests.conftest import Backend
 from tests.ingesting import (
@@ -92,6 +93,14 @@ def test_what_the_model_is_shown_of_a_document_is_a_part_of_its_version(
 
 
 @both
+def test_a_set_in_metadata_is_the_same_whatever_its_order(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+    one_way, the_other = {0, 8}, {8, 0}  # equal, but as texts they differ, as others do in another process
+    run(writing_to(store), [doc("d0", "text", tags=one_way)])
+    assert counts(run(writing_to(store), [doc("d0", "text", tags=the_other)])) == (0, 0, 1, 0, 0)
+    assert counts(run(writing_to(store), [doc("d0", "text", tags={0})])) == (0, 1, 0, 0, 0)
+
+
+@both
 def test_an_emptied_document_leaves_nothing_behind(store: AsyncMilvusVectorStore, run: Ingest) -> None:
     run(writing_to(store), docs(2))
     emptied = [doc("d0"), docs(2)[1]]
@@ -147,6 +156,37 @@ def test_another_chunk_size_or_model_ingests_again(store: AsyncMilvusVectorStore
     assert counts(run(pipeline(128, Model(model_name="another")), documents)) == (0, 1, 0, 0, 0)
     assert counts(run(pipeline(128, Model(model_name="another")), documents)) == (0, 0, 1, 0, 0)
     assert held(store)["d0"] == sorted(node.get_content() for node in chunks_of(128)(documents))
+
+
+class Titled(TransformComponent):
+    """Gives nodes a title, which is a part of what the model sees."""
+
+    def __call__(self, nodes: Any, **kwargs: Any) -> Any:
+        for node in nodes:
+            node.metadata["title"] = "of a thing"
+        return nodes
+
+
+@both
+def test_a_model_that_moves_among_the_transformations_ingests_again(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+    model, writer = Model(), AsyncMilvusWriter(store)
+    before = IngestionPipeline(transformations=[Lines(), model, Titled(), writer])
+    after = IngestionPipeline(transformations=[Lines(), Titled(), model, writer])
+    run(before, [doc("d", "text")])
+    assert counts(run(after, [doc("d", "text")])) == (0, 1, 0, 0, 0), "its vectors were those of another text"
+    assert counts(run(after, [doc("d", "text")])) == (0, 0, 1, 0, 0)
+
+
+@both
+def test_who_embeds_last_is_nothing_to_the_version(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+    model = Model()
+    run(IngestionPipeline(transformations=[Lines(), Titled(), model], vector_store=store), [doc("d", "text")])
+    for steps in ([model, AsyncMilvusWriter(store)], [AsyncMilvusWriter(store, embed_model=model)]):
+        pipeline = IngestionPipeline(transformations=[Lines(), Titled(), *steps])
+        assert counts(run(pipeline, [doc("d", "text")])) == (0, 0, 1, 0, 0)
+    (row,) = rows(store)
+    described_so_far = described([Lines(), Titled(), model])  # that, of all collections that there are
+    assert row["_ingestion"]["version"] == version_of(doc("d", "text"), described_so_far, "")
 
 
 @both

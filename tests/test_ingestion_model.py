@@ -24,7 +24,7 @@ from llama_index.core.schema import Document, TextNode
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy
 from llama_index_milvus_async_ext._ingest.standing import Standing, digest, digest_of_keys, record_bytes, standing
-from llama_index_milvus_async_ext._ingest.versions import described, named_version, version_of
+from llama_index_milvus_async_ext._ingest.versions import described, hash_of, named_version, version_of
 from llama_index_milvus_async_ext._store.records import StoredRow
 from llama_index_milvus_async_ext.ingestion import IngestionReport, aingest, ingest
 from tests.conftest import examples
@@ -125,6 +125,27 @@ def test_whatever_changes_the_nodes_of_a_document_changes_its_version() -> None:
     assert len({version_of(each, "p", "s") for each in same}) == 1
     assert len({version_of(same[0], "p", "s"), *(version_of(*each) for each in others)}) == 1 + len(others)
     assert named_version("a", same[0], "s") != named_version("a", same[0], "t")
+
+
+ONE_WAY, THE_OTHER = {0, 8}, {8, 0}  # equal, but as texts they differ, as others do in another process
+
+
+def test_the_order_of_a_set_is_nothing_to_the_version() -> None:
+    assert repr(ONE_WAY) != repr(THE_OTHER)
+    for kind in (Document, TextNode):
+        deep = [
+            kind(id_="d", text="t", metadata={"tags": tags, "deep": [{"tags": ({"a"}, frozenset(tags))}]})
+            for tags in (ONE_WAY, THE_OTHER)
+        ]
+        assert len({hash_of(each) for each in deep}) == len({version_of(each, "p", "s") for each in deep}) == 1
+    kinds = [ONE_WAY, frozenset(ONE_WAY), list(ONE_WAY), ONE_WAY | {1}, {"0", "8"}, set()]
+    assert len({version_of(doc("d", "t", tags=each), "p", "s") for each in kinds}) == len(kinds)
+
+
+def test_where_no_set_is_the_hash_is_llama_index_own_and_the_version_what_it_was() -> None:
+    plain = doc("d", "t", names=["a", ("b", None)], deep={"page": 1})
+    assert hash_of(plain) == plain.hash
+    assert version_of(plain, "p", "s") == "3815de7e527dceb144796560"
 
 
 def test_settings_that_decide_what_is_made_are_described_and_others_are_not() -> None:

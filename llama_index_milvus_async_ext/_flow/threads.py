@@ -75,8 +75,9 @@ class OwnThread:
         """See `Calls`; it runs in the context of the first call."""
         if self._thread is None:
             run = contextvars.copy_context().run
-            self._thread = threading.Thread(target=run, args=(self._serve,), name=self._name, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=run, args=(self._serve,), name=self._name, daemon=True)
+            thread.start()
+            self._thread = thread  # not before: of one that could not be begun, calls would never come back
         call = _Call(function, arguments)
         self._calls.put(call)
         result: T = await call.answer

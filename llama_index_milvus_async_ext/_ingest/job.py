@@ -30,6 +30,14 @@ class Steps:
     groups: list[list[TransformComponent]] = field(default_factory=lambda: [[]])
     embeddings: list[Embedding] = field(default_factory=list)
 
+    @property
+    def in_order(self) -> list[TransformComponent]:
+        """All of them, the models in their places."""
+        steps = list(self.groups[0])
+        for embedding, group in zip(self.embeddings, self.groups[1:], strict=True):
+            steps += [embedding.model, *group]
+        return steps
+
     def add(self, transformation: TransformComponent) -> None:
         """Add the next one."""
         if isinstance(transformation, BaseEmbedding):
@@ -120,8 +128,7 @@ def job_of(
         elif each.embed_model is not None:  # type: ignore[attr-defined]
             steps.add_embedding(Embedding(each.embed_model, only_missing=True))  # type: ignore[attr-defined]
     if version is None:
-        models = [each.model for each in steps.embeddings]
-        version = described([*(each for group in steps.groups for each in group), *models])
+        version = described(steps.in_order)
     return Job(
         store=store,
         partition=_partition_of(pipeline, writers),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
@@ -13,6 +14,8 @@ from llama_index_milvus_async_ext._flow.threads import Calls
 
 _DOCUMENTS_PER_CALL = 100  # that is how far a stream is read ahead
 _SECONDS_PER_CALL = 0.02
+# A stream of awaited tasks, or of a loop of its own, may find one cancelled: nobody cancels what runs in a thread.
+_OF_A_STREAM = (Exception, asyncio.CancelledError)
 
 
 class Reading:
@@ -24,10 +27,15 @@ class Reading:
     """
 
     def __init__(self, stream: Iterable[Any] | AsyncIterable[Any], calls: Calls) -> None:
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.seconds = 0.0
         self._stream = stream
         self._calls = calls
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Read no further; what has been read is still yielded."""
+        self._is_stopped = True
 
     async def elements(self) -> AsyncIterator[Any]:
         """The elements; none follow an error of the stream's."""
@@ -45,18 +53,20 @@ class Reading:
             try:
                 async for element in arrivals.elements():
                     yield element
-                is_more = await reading
+                is_more = await reading and not self._is_stopped
             finally:
                 reading.cancel()
 
     async def _awaited(self, iterator: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        while True:
+        while not self._is_stopped:
             started = time.perf_counter()
             try:
                 element = await iterator.__anext__()
             except StopAsyncIteration:
                 return
-            except Exception as error:
+            except _OF_A_STREAM as error:
+                if isinstance(error, asyncio.CancelledError) and _may_be_cancelled():
+                    raise
                 self.error = error
                 return
             finally:
@@ -68,7 +78,7 @@ class Reading:
         """The stream's iterator, made where it is read: some things may only be used in the thread that made them."""
         try:
             return iter(stream)
-        except Exception as error:
+        except _OF_A_STREAM as error:
             self.error = error
             return None
 
@@ -77,13 +87,14 @@ class Reading:
         started = time.perf_counter()
         number = 0
         try:
-            while number < _DOCUMENTS_PER_CALL and time.perf_counter() < started + _SECONDS_PER_CALL:
+            end = started + _SECONDS_PER_CALL
+            while number < _DOCUMENTS_PER_CALL and time.perf_counter() < end and not self._is_stopped:
                 found = _flat(next(iterator))
                 number += len(found)
                 arrivals.put(found)
         except StopIteration:
             return False
-        except Exception as error:
+        except _OF_A_STREAM as error:
             self.error = error
             return False
         finally:
@@ -125,6 +136,14 @@ class _Arrivals:
                 yield self._elements.popleft()
             if has_ended:
                 return
+
+
+def _may_be_cancelled() -> bool:
+    """Whether a `CancelledError` in this task may be one of the task's own, and not of something that it awaited."""
+    task = asyncio.current_task()
+    if sys.version_info < (3, 11):  # where nobody could tell
+        return True
+    return task is None or task.cancelling() > 0
 
 
 def _flat(element: Any) -> list[Any]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import warnings
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from llama_index.core.schema import BaseNode, Document
+from llama_index.core.schema import BaseNode
 
 from llama_index_milvus_async_ext._flow.stages import Stage, flow, in_full
+from llama_index_milvus_async_ext._ingest.admission import Admission
 from llama_index_milvus_async_ext._ingest.embedding import Embed, Embedder
 from llama_index_milvus_async_ext._ingest.item import (
     OF_NO_DOCUMENT,
     Item,
-    check_id,
     check_keys,
     copied,
     losses_of,
@@ -23,6 +21,7 @@ from llama_index_milvus_async_ext._ingest.item import (
     remedy_for_keys,
     weight_of_nodes,
     weight_of_text,
+    written_in_part,
 )
 from llama_index_milvus_async_ext._ingest.job import Embedding, Job
 from llama_index_milvus_async_ext._ingest.reading import Reading
@@ -75,22 +74,20 @@ class Ingestion:
         self._tally = tally
         self._records = Records(store, connected, port, job.partition)
         self._settling = Settling(job, self._records, tally)
+        self._admission = Admission(job, reading, self._settling, tally)
         self._is_lite = connected.endpoint.is_lite
         self._key_name = ID_FIELD
-        self._open: dict[str, asyncio.Event] = {}  # documents that are under way, by their ids
-        self._written_by: dict[Any, str] = {}  # those, by the primary keys of their nodes
-        self._has_warned: set[str] = set()
+        self._written_by: dict[Any, str] = {}  # documents that are under way, by the primary keys of their nodes
 
     async def run(self, key_name: str) -> None:
         """Do it. Whatever becomes of a document stands in the tally."""
         self._key_name = key_name
         await self._settling.begin()
-        await flow(self._items(), self._stages(), self._tally.stopwatch)
+        await flow(self._admission.items(), self._stages(), self._tally.stopwatch)
         self._tally.stopwatch.seconds["read"] = self._reading.seconds
         if self._reading.error is not None:
             self._tally.fail(None, "read", self._reading.error)
-        # What could not be read may be any of those that seem to be missing.
-        if not self._tally.gave_up and all(each.document_id is not None for each in self._tally.failed):
+        if self._admission.is_complete:
             with self._tally.stopwatch("delete"):
                 await self._settling.delete_missing()
         self._settling.tell([])
@@ -148,56 +145,6 @@ class Ingestion:
         settle = Stage("settle", self._settle, most=1_000, least=100, capacity=1_000)
         return [*stages, write, settle]
 
-    async def _items(self) -> AsyncIterator[Item]:
-        """The documents of the stream, each once it is known which, and no other of its id is under way."""
-        async for element in self._reading.elements():
-            if self._tally.gave_up:
-                return
-            item = self._item(element)
-            if item is None:
-                continue
-            earlier = self._open.get(item.document_id)
-            if earlier is not None:
-                self._warn_once(
-                    f"the stream holds document {item.document_id[:80]!r} more than once: the last one counts"
-                )
-                await earlier.wait()
-            original = self._settling.original_of(item)
-            if original in self._open:
-                await self._open[original].wait()
-            self._open[item.document_id] = asyncio.Event()
-            yield item
-
-    def _item(self, element: Any) -> Item | None:
-        document_id: str | None = None
-        try:
-            if not isinstance(element, BaseNode):
-                raise TypeError(f"the stream must hold documents, not {type(element).__name__}")
-            if self._job.document_id is not None:
-                given = self._job.document_id(element)
-                if not isinstance(given, str) or not given:
-                    raise TypeError(f"document_id= gave {given!r}; it must give a text")
-                element = element.model_copy(update={"id_": given})
-            elif isinstance(element, Document) and "id_" not in element.model_fields_set:
-                self._warn_once(
-                    "the documents have random ids, which LlamaIndex made up, so that each run takes them for new "
-                    "ones: give them ids that stay the same (SimpleDirectoryReader(..., filename_as_id=True)), or "
-                    "aingest a function document_id="
-                )
-            document_id = element.node_id
-            check_id(document_id)
-            self._settling.see(document_id)
-            hash_ = element.hash
-            return Item(element, document_id, self._job.version(element, hash_), hash_)
-        except Exception as error:
-            self._tally.fail(document_id, "read", error)
-            return None
-
-    def _warn_once(self, message: str) -> None:
-        if message[:20] not in self._has_warned:
-            self._has_warned.add(message[:20])
-            warnings.warn(message, UserWarning, stacklevel=2)
-
     async def _look_up(self, items: list[Item]) -> list[Item]:
         try:
             rows = await self._records.rows_of([item.document_id for item in items])
@@ -213,26 +160,26 @@ class Ingestion:
         except Exception as error:
             self._fail(changed, "look-up", error)
             changed = []
-        unchanged += [item for item in changed if item.is_duplicate]
+        unchanged += [item for item in changed if item.original is not None]
         if unchanged:
             await self._settle(unchanged)
-        return [item for item in changed if not item.is_duplicate]
+        return [item for item in changed if item.original is None]
 
     async def _mark_duplicates(self, items: list[Item]) -> None:
         """Find those documents that another one stands for: which is there, whole, with the same content."""
-        originals = {item.document_id: self._settling.original_of(item) for item in items}
+        originals = {item.document_id: self._settling.duplicates.original_of(item) for item in items}
         rows = await self._records.rows_of(list({each for each in originals.values() if each is not None}))
         for item in items:
             original = originals[item.document_id]
-            if original is not None:
-                item.is_duplicate = standing(rows.of(original), item.version).is_whole
+            if original is not None and standing(rows.of(original), item.version).is_whole:
+                item.original = original
 
     def _transformed_by(self, group: int) -> Any:
         async def transform(items: list[Item]) -> list[Item]:
             done = []
             for item in items:
                 if self._tally.gave_up:
-                    self._close(item)
+                    self._fail([item], "transform", self._tally.giving_up())
                     continue
                 try:
                     nodes = item.nodes if group else [copied(item.document)]
@@ -255,7 +202,7 @@ class Ingestion:
             owners = []
             for item in items:
                 if self._tally.gave_up:
-                    self._close(item)
+                    self._fail([item], "embed", self._tally.giving_up())
                     continue
                 wanted = [node for node in item.nodes if node.embedding is None or not step.only_missing]
                 nodes += wanted
@@ -312,7 +259,7 @@ class Ingestion:
     async def _without_failures(self, items: list[Item], report: WriteReport) -> list[Item]:
         failed = losses_of(items, report)
         # Else each run would leave some more of a document that can never be stored as a whole.
-        halves = [key for item, _ in failed for key in set(item.keys).difference(item.standing.stale)]
+        halves = [key for item, part in failed for key in written_in_part(item, part)]
         with contextlib.suppress(Exception):  # the next run that succeeds deletes them
             await self._records.delete(halves)
         for item, part in failed:
@@ -344,6 +291,4 @@ class Ingestion:
             if self._written_by.get(key) == item.document_id:
                 del self._written_by[key]
         item.nodes = []
-        ended = self._open.pop(item.document_id, None)
-        if ended is not None:
-            ended.set()
+        self._admission.leave(item)

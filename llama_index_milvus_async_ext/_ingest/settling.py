@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from llama_index.core.ingestion import DocstoreStrategy
 from llama_index_instrumentation import get_dispatcher
 
+from llama_index_milvus_async_ext._ingest.duplicates import Duplicates
 from llama_index_milvus_async_ext._ingest.item import Item
 from llama_index_milvus_async_ext._ingest.job import Job
 from llama_index_milvus_async_ext._ingest.tally import Tally
@@ -30,8 +31,9 @@ class Settling:
         self._records = records
         self._tally = tally
         self._seen: set[str] = set()
-        self._recorded: dict[str, str] = {}  # the docstore's documents by hash, as LlamaIndex asks for them
-        self._hashes: dict[str, str] = {}  # and the other way round
+        self._hashes: dict[str, str] = {}  # of the documents that the docstore knows
+        is_wanted = job.docstore is not None and job.docstore_strategy == DocstoreStrategy.DUPLICATES_ONLY
+        self.duplicates = Duplicates({}, self._hashes, self._seen, job.deletes_missing, is_wanted)
         self._told: tuple[int, dict[str, float]] = (0, {})
 
     @property
@@ -42,22 +44,31 @@ class Settling:
     async def begin(self) -> None:
         """Ask the docstore what it knows, once."""
         if self._job.docstore is not None:
-            self._recorded = dict(await self._job.docstore.aget_all_document_hashes())
-            self._hashes = {document_id: hash_ for hash_, document_id in self._recorded.items()}
+            self.duplicates.first.update(await self._job.docstore.aget_all_document_hashes())
+            self._hashes.update((document_id, hash_) for hash_, document_id in self.duplicates.first.items())
 
     def see(self, document_id: str) -> None:
         """Note that the stream holds a document."""
-        if self._job.deletes_missing or self._deletes_unrecorded:
+        if self._job.deletes_missing or self._deletes_unrecorded or self.duplicates.is_wanted:
             self._seen.add(document_id)
 
-    def original_of(self, item: Item) -> str | None:
-        """The document of the same content that came first, if such documents are left out and it stays."""
-        if self._job.docstore is None or self._job.docstore_strategy != DocstoreStrategy.DUPLICATES_ONLY:
+    def take_back(self, document_id: str, original: str) -> Item | None:
+        """A document that was left out for the sake of another one, which is lost: it counts no longer.
+
+        None if it was not left out; or is not kept, and has failed so.
+        """
+        left_out = self.duplicates.take_back(document_id, original)
+        if left_out is None:
             return None
-        other = self._recorded.setdefault(item.hash, item.document_id)
-        if other == item.document_id or (self._job.deletes_missing and other not in self._seen):
-            return None
-        return other
+        self._tally.count(left_out.outcome, -1)
+        self._tally.advance(-1)
+        if left_out.item is None:
+            error = RuntimeError(
+                f"it was left out, as document {original!r} held the same, which the stream holds with other content "
+                "as well: run again (and give each document once)"
+            )
+            self._tally.fail(document_id, "look-up", error)
+        return left_out.item
 
     async def settle(self, items: Sequence[Item]) -> None:
         """Settle documents; one that fails to be is reported."""
@@ -128,25 +139,33 @@ class Settling:
         new = [item for item in items if self._hashes.get(item.document_id) != item.hash]
         if docstore is None or not new:
             return list(items)
-        new = [item for item in new if not item.is_duplicate]
+        known = [item for item in new if item.original is not None and item.document_id in self._hashes]
+        new = [item for item in new if item.original is None]
         try:
+            for item in known:  # with other content: it would be taken for the original of that
+                await docstore.adelete_document(item.document_id, raise_error=False)
+                del self._hashes[item.document_id]
             for item in new:
                 if item.document_id in self._hashes:
                     await docstore.adelete_ref_doc(item.document_id, raise_error=False)
             await docstore.async_add_documents([item.document for item in new])
             await docstore.aset_document_hashes({item.document_id: item.hash for item in new})
         except Exception as error:
-            for item in new:
+            for item in (*new, *known):
                 self._tally.fail(item.document_id, "docstore", error)
-            return [item for item in items if item not in new]
+            return [item for item in items if item not in new and item not in known]
         self._hashes.update((item.document_id, item.hash) for item in new)
-        self._recorded.update((item.hash, item.document_id) for item in new)
+        self.duplicates.first.update((item.hash, item.document_id) for item in new)
         return list(items)
 
     def _count(self, item: Item) -> None:
-        if item.standing.is_whole or not (item.keys or item.standing.is_known):
-            self._tally.unchanged += 1
-        elif item.standing.is_known:
-            self._tally.replaced += 1
-        else:
-            self._tally.added += 1
+        outcome = _outcome_of(item)
+        self._tally.count(outcome, 1)
+        if item.original is not None:
+            self.duplicates.leave_out(item, item.original, outcome)
+
+
+def _outcome_of(item: Item) -> str:
+    if item.standing.is_whole or not (item.keys or item.standing.is_known):
+        return "unchanged"
+    return "replaced" if item.standing.is_known else "added"

@@ -53,6 +53,10 @@ class Tally:
         """Whether more documents have failed than may."""
         return self._max_failures is not None and len(self.failed) > self._max_failures
 
+    def giving_up(self) -> RuntimeError:
+        """Why a document that was read is not ingested: it came when the run had given up."""
+        return RuntimeError(f"given up, as more than {self._max_failures} documents had failed (max_failures)")
+
     @property
     def elapsed_seconds(self) -> float:
         """Wall time so far."""
@@ -64,6 +68,10 @@ class Tally:
         """Count a document that failed."""
         self.failed.append(FailedDocument(document_id, stage, error, report))
         self.advance(1 if document_id is not None else 0)
+
+    def count(self, outcome: str, documents: int) -> None:
+        """Count documents that were "added", "replaced" or "unchanged"."""
+        setattr(self, outcome, getattr(self, outcome) + documents)
 
     def count_texts(self, texts: int) -> None:
         """Count texts that a model has taken."""

@@ -23,6 +23,30 @@ _IRRELEVANT = frozenset(
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
+def hash_of(document: BaseNode) -> str:
+    """LlamaIndex's hash of a document; where sets are in its metadata, that of another which has them in an order.
+
+    LlamaIndex reads them as they come, which is in another order in each process.
+    """
+    metadata = _in_order(document.metadata)
+    if metadata is not document.metadata:
+        document = document.model_copy(update={"metadata": metadata})
+    return str(document.hash)
+
+
+def _in_order(value: Any) -> Any:
+    """The value itself, or another in which a text stands for each set."""
+    if isinstance(value, (set, frozenset)):
+        return f"{type(value).__name__} of {sorted(repr(_in_order(each)) for each in value)}"
+    if isinstance(value, dict):
+        made: Any = {key: _in_order(each) for key, each in value.items()}
+        return made if any(made[key] is not value[key] for key in value) else value
+    if isinstance(value, (list, tuple)):
+        made = [_in_order(each) for each in value]
+        return made if any(one is not other for one, other in zip(made, value, strict=True)) else value
+    return value
+
+
 def version_of(document: BaseNode, pipeline_version: str, source: str, hash_: str | None = None) -> str:
     """The version of a document: it changes with the text, the metadata and how they are shown to the model.
 
@@ -30,15 +54,15 @@ def version_of(document: BaseNode, pipeline_version: str, source: str, hash_: st
         document: The document.
         pipeline_version: What stands for the transformations.
         source: The name of its source.
-        hash_: LlamaIndex's hash of it, if it is known: it is computed anew each time that it is asked for.
+        hash_: Its hash, if it is known: it is computed anew each time that it is asked for.
     """
     excluded = (document.excluded_embed_metadata_keys, document.excluded_llm_metadata_keys)
     templates = [
         str(getattr(document, name, "")) for name in ("metadata_template", "metadata_separator", "text_template")
     ]
     # LlamaIndex's hash reads the metadata as text, in which 1 and "1" are the same: a filter tells them apart.
-    shown = json.dumps([*map(list, excluded), *templates, document.metadata], sort_keys=True, default=repr)
-    return digest([pipeline_version, source, document.class_name(), hash_ or document.hash, shown])
+    shown = json.dumps([*map(list, excluded), *templates, _in_order(document.metadata)], sort_keys=True, default=repr)
+    return digest([pipeline_version, source, document.class_name(), hash_ or hash_of(document), shown])
 
 
 def described(transformations: Sequence[TransformComponent]) -> str:

@@ -21,7 +21,7 @@ from llama_index_milvus_async_ext._lane.shell import Shell
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._milvus import lite, sizes
 from llama_index_milvus_async_ext._milvus.errors import COLLECTION_NOT_LOADED, RpcFailure, SchemaChangedError, classify
-from llama_index_milvus_async_ext._milvus.limits import Limits, WriteTarget
+from llama_index_milvus_async_ext._milvus.limits import Limits, OfInserts, WriteTarget
 from llama_index_milvus_async_ext._milvus.opening import connect
 from llama_index_milvus_async_ext._milvus.quiet import log_retry
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
@@ -147,15 +147,14 @@ class Endpoint:
     def _new_write_lane(
         self, target: WriteTarget, schema: Schema, limits: Limits, encode: Callable[[Any], tuple[Row, int]]
     ) -> Lane[Any, None]:
-        collection = target.collection
+        collection, only_inserts = target.collection, schema.primary_key.auto_id
 
         async def send(rows: list[Row], upsert: bool, timeout: float) -> list[None]:
             count, left = len(rows), TimeLeft(timeout)
+            upsert = (upsert or target.upsert) and not only_inserts
             async with self.writing(collection, left):
                 try:
-                    await self.connection.write(
-                        collection, target.partition, schema, rows, upsert or target.upsert, left()
-                    )
+                    await self.connection.write(collection, target.partition, schema, rows, upsert, left())
                 except MilvusException as failure:
                     await self._check_schema(collection, schema, failure, left)
                     raise
@@ -168,7 +167,7 @@ class Endpoint:
             prepare=encode,
             send=send,
             entrance=entrance,
-            policy=limits.retry,
+            policy=OfInserts.under(limits.retry) if only_inserts else limits.retry,
             max_items=limits.batch_size,
             max_bytes=limits.max_batch_bytes,
             max_in_flight=1 if self.is_lite else limits.writes_in_flight,

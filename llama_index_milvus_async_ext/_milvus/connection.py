@@ -21,7 +21,7 @@ from llama_index_milvus_async_ext._milvus.errors import ClosedConnectionError, R
 from llama_index_milvus_async_ext._milvus.once import once
 from llama_index_milvus_async_ext._milvus.query_request import LookedUp, Wanted, is_readable, query_request
 from llama_index_milvus_async_ext._milvus.quiet import UnknownMethodsFilter, add_filter, silence_pymilvus
-from llama_index_milvus_async_ext._milvus.replacing import expression_of, misplaces_upserts
+from llama_index_milvus_async_ext._milvus.replacing import deleting, expression_of, inserting, misplaces_upserts
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import (
     Answer,
@@ -170,28 +170,38 @@ class Connection:
         Raises:
             StatusFailure: Milvus rejected the request.
             RpcFailure: gRPC could not carry it, or its answer.
+            ReplacementError: Either, where upserts would be misplaced; rows of before are, or may be, deleted.
         """
-        left = TimeLeft(timeout)
+        left, former = TimeLeft(timeout), None
         if upsert and self._misplaces_upserts and schema.partition_key is not None:
-            former = expression_of(schema.primary_key, rows)
-            await self.ask("delete", collection, filter=former, timeout=left())
-            upsert = False
+            former, upsert = expression_of(schema.primary_key, rows), False
         send = self._sender("Upsert" if upsert else "Insert")
+        request = await self._rows_request(send, collection, partition, schema, rows, upsert)
+        rows.clear()
+        if former is not None:  # not before there is a request: what can't be made into one replaces nothing
+            with deleting():
+                await self.ask("delete", collection, filter=former, timeout=left())
+        with contextlib.nullcontext() if former is None else inserting():
+            if send is None:
+                method = "upsert" if upsert else "insert"
+                await self.ask(method, collection, request, timeout=left(), partition_name=partition)
+                return
+            answered = self._call(send, request, left())
+            del request
+            answer = await answered
+            self._check(answer.status)
+        ts_utils.update_collection_ts(collection, answer.timestamp, self.address, self.db_name)
+
+    async def _rows_request(
+        self, send: Any, collection: str, partition: str, schema: Schema, rows: list[Row], upsert: bool
+    ) -> Any:
+        """What `send` takes; pymilvus's client takes the rows themselves."""
         if send is None:
-            method, entities = "upsert" if upsert else "insert", [row.entity for row in rows]
-            await self.ask(method, collection, entities, timeout=left(), partition_name=partition)
-            return
+            return [row.entity for row in rows]
         if schema.fast is False or schema.has_sparse:
             # By pymilvus, a tenth of a second for a full request: the loop has others to serve.
-            request = await self.in_thread(write_request, collection, partition, schema, rows, upsert)
-        else:
-            request = write_request(collection, partition, schema, rows, upsert)
-        rows.clear()
-        answered = self._call(send, request, left())
-        del request
-        answer = await answered
-        self._check(answer.status)
-        ts_utils.update_collection_ts(collection, answer.timestamp, self.address, self.db_name)
+            return await self.in_thread(write_request, collection, partition, schema, rows, upsert)
+        return write_request(collection, partition, schema, rows, upsert)
 
     async def search(self, group: SearchGroup, queries: Sequence[Any], ranker: Any, timeout: float) -> list[Found]:
         """Search for each query; the answer has what was found for each, in their order.

@@ -9,6 +9,7 @@ from llama_index.vector_stores.milvus import IndexManagement, MilvusVectorStore
 from pymilvus import DataType, MilvusClient
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore
+from llama_index_milvus_async_ext._milvus.indexes import metrics
 from llama_index_milvus_async_ext._store import existing, open_store
 from tests.conftest import Backend, MakeNodes
 from tests.fault_proxy import FaultProxy
@@ -88,9 +89,9 @@ def test_what_is_known_of_indexes_is_the_same_by_the_public_client(backend: Back
         backend.uri, collection_name=collection_name, dim=DIM, similarity_metric="cosine"
     ) as store:
         connection = store.live().endpoint.connection
-        quick = connection.metrics(collection_name, 10)
+        quick = metrics(connection, collection_name, 10)
         connection.stub_method = lambda _: None  # type: ignore[method-assign]
-        assert quick == connection.metrics(collection_name, 10) == {"embedding": "COSINE"}
+        assert quick == metrics(connection, collection_name, 10) == {"embedding": "COSINE"}
         assert existing.existing(connection, "absent", 10) is None
 
 

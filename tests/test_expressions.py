@@ -235,7 +235,10 @@ def test_all_that_restricts_a_query() -> None:
 def test_keys_of_each_type() -> None:
     number = PrimaryKey("pk", DataType.INT64)
     assert keys_expression(number, ["0", "-17", MOST, -MOST, str(MOST)]) == f"pk in [0, -17, {MOST}, -{MOST}, {MOST}]"
-    for wrong in (MOST + 1, -MOST - 1, "-0", "+1", "1" * 20, True):
+    for least in (-MOST - 1, str(-MOST - 1)):  # for which the grammar has no literal
+        assert keys_expression(number, [least]) == f"pk < -{MOST}"
+        assert keys_expression(number, [3, least, 4]) == f"(pk in [3, 4] or pk < -{MOST})"
+    for wrong in (MOST + 1, -MOST - 2, "-0", "+1", "1" * 20, True):
         with pytest.raises(QueryMismatchError, match=r"is no id: 'pk' of this collection is a whole number of 64 bits"):
             keys_expression(number, [wrong])
     assert keys_expression(PrimaryKey("a b"), ["x"]) == '$meta["a b"] in ["x"]'
@@ -255,6 +258,7 @@ def test_what_is_long_is_shown_in_part() -> None:
 def test_what_comes_after_a_key_stands_beside_what_else_is_asked_for() -> None:
     number = PrimaryKey("pk", DataType.INT64)
     assert after_expression("", number, 7) == "pk > 7"
+    assert after_expression("", number, -MOST - 1) == f"pk >= -{MOST}"
     assert after_expression("(a == 1 or b == 2)", PrimaryKey(), 'say "x"') == (
         '((a == 1 or b == 2) and id > "say \\"x\\"")'
     )

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore
 from tests.conftest import Backend
+from tests.fault_proxy import FaultProxy
+from tests.faults import First, LoseAnswer, Refuse
 
 NUMBERS, TEXTS = DataType.INT64, DataType.VARCHAR
 
@@ -199,4 +202,35 @@ async def test_rows_of_one_key_are_written_in_the_order_of_their_nodes(backend: 
         texts = sorted(node.get_content() for node in found.nodes or [])
         assert texts == ["version 11"] * 40
         assert store.client.query(store.collection_name, output_fields=["count(*)"]) == [{"count(*)": 40}]
+        store.clear()
+
+
+def test_a_node_is_inserted_as_often_as_it_is_given_where_keys_are_made_up(backend: Backend) -> None:
+    name = made(backend, NUMBERS, auto_id=True)
+    with opened(backend, name, upsert_mode=False) as store:
+        report = store.write([a_node(), a_node()])
+        assert report.ok and len(report.written) == 2
+        query = VectorStoreQuery(query_embedding=[1.0, 0.0], similarity_top_k=5)
+        assert texts_of(store.query(query).nodes) == ["written", "written"]
+        store.clear()
+
+
+def test_what_may_be_stored_under_a_key_of_milvus_own_is_not_sent_again(
+    backend: Backend, fault_proxy: FaultProxy
+) -> None:
+    """It would be stored twice, as no upsert can replace it."""
+    name = made(backend, NUMBERS, auto_id=True)
+    there = replace(backend, uri=fault_proxy.uri)
+    with opened(there, name, upsert_mode=False) as store:
+        fault_proxy.script(LoseAnswer(), method="Insert", on=First(1))
+        (lost,) = store.write([a_node()]).unknown
+        assert "answer lost by the fault proxy" in str(lost.error) and lost.attempts == 1 and lost.retryable
+        query = VectorStoreQuery(query_embedding=[1.0, 0.0], similarity_top_k=5)
+        assert texts_of(store.query(query).nodes) == ["written"]
+        # What was certainly not executed is.
+        fault_proxy.script(Refuse(details="failed to connect to all addresses"), method="Insert", on=First(2))
+        report = store.write([a_node()])
+        assert report.ok and report.retries == 2
+        assert texts_of(store.query(query).nodes) == ["written", "written"]
+        assert fault_proxy.counts["Insert"] == 4 and not fault_proxy.counts["Upsert"]
         store.clear()

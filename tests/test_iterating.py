@@ -255,10 +255,12 @@ def test_a_collection_of_other_make_by_its_own_key(backend: Backend, collection_
     index = client.prepare_index_params()
     index.add_index("vec", index_type="FLAT", metric_type="L2")
     client.create_collection(collection_name, schema=schema, index_params=index, consistency_level="Strong")
-    keys = [5, -3, 10, 0, 9, 2**60, -(2**60)]
+    least, most = -(2**63), 2**63 - 2  # a server of 2.3 itself does not find one more
+    keys = [5, -3, 10, 0, 9, most, least]
     client.insert(collection_name, [{"pk": key, "body": f"text {key}", "vec": [key, 1.0]} for key in keys])
     client.close()
     arguments: dict[str, Any] = {"text_key": "body", "embedding_field": "vec", "output_fields": ["body"]}
+    arguments["consistency_level"] = "Strong"
     with AsyncMilvusVectorStore(backend.uri, collection_name=collection_name, **arguments) as store:
         for embeddings in (True, False):
             found = list(store.iter_nodes(batch_size=2, embeddings=embeddings))
@@ -266,6 +268,10 @@ def test_a_collection_of_other_make_by_its_own_key(backend: Backend, collection_
                 (str(key), f"text {key}") for key in sorted(keys)
             ]
             assert all((node.embedding is not None) == embeddings for node in found)
+        assert sorted(ids_of(store.get_nodes([str(least), "5"]))) == [str(least), "5"]
+        assert [node.node_id for node in store.iter_nodes(batch_size=1)][:2] == [str(least), "-3"]
+        store.delete_nodes([str(least), "5"])
+        assert ids_of(store.iter_nodes()) == ["-3", "0", "9", "10", str(most)]
 
 
 @pytest.mark.parametrize("key", ["pk", "id"])

@@ -22,6 +22,7 @@ from llama_index_milvus_async_ext._milvus.errors import (
     DeadlineError,
     QueryError,
     QueryMismatchError,
+    ReplacementError,
     RpcFailure,
     SchemaChangedError,
     SchemaMismatchError,
@@ -214,6 +215,7 @@ def test_an_error_keeps_what_it_says_of_itself() -> None:
         late,
         SchemaChangedError("why", was_executed=True),
         query,
+        ReplacementError.of(full, "and what was there is gone"),
     )
     for error in errors:
         for again in (copy.copy(error), pickle.loads(pickle.dumps(error))):
@@ -222,6 +224,18 @@ def test_an_error_keeps_what_it_says_of_itself() -> None:
     for error in errors[:3]:
         error.report = "of the write that it ended"  # type: ignore[attr-defined]
         assert copy.copy(error).report == "of the write that it ended"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [StatusFailure(8, "rate limit", 49), StatusFailure(109, "stale", 62), RpcFailure("UNAVAILABLE", sent=False)],
+)
+def test_a_replacement_that_failed_means_what_its_request_met(error: Any) -> None:
+    failed = ReplacementError.of(error, "and what was there is gone")
+    assert failed.message == f"{error.message}; and what was there is gone"
+    assert (failed.code, failed.compatible_code) == (error.code, error.compatible_code)
+    assert classify(failed) is classify(error)
+    assert failed.schema_is_stale == getattr(error, "schema_is_stale", False)
 
 
 def test_a_failure_says_what_the_status_said() -> None:

@@ -459,6 +459,13 @@ def test_a_value_that_its_column_does_not_take_is_named(kind: DataType) -> None:
         assert len(str(refused.value)) < 400
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
+@pytest.mark.parametrize("kind", [DataType.FLOAT, DataType.DOUBLE, DataType.INT32, DataType.VARCHAR])
+def test_a_value_that_is_no_number_is_named_as_what_it_is(kind: DataType, value: Any) -> None:
+    with pytest.raises(SchemaMismatchError, match=rf"its 'value' is {value}, which a {kind.name} column does not take"):
+        encoder(column_of(kind)).encode(a_node(metadata={"value": value}))
+
+
 @pytest.mark.parametrize("metadata", [{}, {"value": None}])
 def test_a_column_without_a_value_is_named(metadata: dict[str, Any]) -> None:
     for kind in TAKEN:

@@ -20,6 +20,7 @@ from llama_index_milvus_async_ext import (
     AsyncMilvusRetriever,
     AsyncMilvusVectorStore,
     AsyncMilvusWriter,
+    RetryPolicy,
     aingest,
     ingest,
 )
@@ -27,11 +28,12 @@ from llama_index_milvus_async_ext._milvus.replacing import misplaces_upserts
 from tests.conftest import Backend
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
-from tests.faults import First, LoseAnswer, Refuse
+from tests.faults import Fault, First, LoseAnswer, MilvusError, Refuse, rate_limit
 from tests.ingesting import Lines, Model
 
 DIM = 8
 TENANTS = [f"tenant_{number}" for number in range(5)]
+WRITES = ("Insert", "Upsert")
 Open = Callable[..., AsyncMilvusVectorStore]
 
 
@@ -114,6 +116,53 @@ def test_a_write_whose_answer_is_lost_is_repeated_into_the_right_partition(
         report = store.write(nodes_of("a", 5, prefix=str(upsert_mode)))
         assert report.ok and report.retries
     assert owners(store, "a") == ["a"] * 10, "each once"
+
+
+def test_a_row_that_was_deleted_and_not_replaced_is_told_of(
+    open_store: Open, fault_proxy: FaultProxy, backend: Backend
+) -> None:
+    """A server before 2.3.12 gets a delete and an insert, of which the second may fail; others get one upsert."""
+    store = open_store(partition_key_field="tenant", uri=fault_proxy.uri)
+    store.add(nodes_of("a", 2))
+    fault_proxy.script(MilvusError(7, "disk limit exceeded"), method=WRITES)
+    (failed,) = store.write(nodes_of("a", 1)).failed
+    is_gone = backend.name == "server"
+    assert failed.retryable and "disk limit exceeded" in str(failed.error)
+    assert ("earlier rows of these ids are deleted" in str(failed.error)) == is_gone
+    assert owners(store, "a") == ["a"] * (1 if is_gone else 2)
+    fault_proxy.heal()
+    assert store.write([failed.node]).ok and owners(store, "a") == ["a", "a"]
+
+
+@pytest.mark.parametrize("fault", [Refuse(), rate_limit()], ids=["lost", "rate limit"])
+@pytest.mark.parametrize("methods", [WRITES, ("Delete", "Upsert")], ids=["insert", "delete"])
+def test_a_row_is_replaced_in_as_many_attempts_as_the_policy_says(
+    open_store: Open, fault_proxy: FaultProxy, methods: tuple[str, ...], fault: Fault
+) -> None:
+    quick = RetryPolicy(max_attempts=4, initial_backoff_seconds=0.01, max_backoff_seconds=0.05)
+    store = open_store(partition_key_field="tenant", uri=fault_proxy.uri, retry=quick)
+    store.add(nodes_of("a", 2))
+    limit = store.statistics().limit
+    fault_proxy.clear()
+    fault_proxy.script(fault, method=methods, on=First(3))
+    report = store.write(nodes_of("a", 2))
+    assert report.ok and report.retries == 3
+    assert max(fault_proxy.counts.values()) == 4 and owners(store, "a") == ["a", "a"]
+    assert (store.statistics().limit < limit) == (not isinstance(fault, Refuse))
+
+
+def test_a_delete_that_fails_before_a_row_is_replaced_says_what_may_be_gone(
+    open_store: Open, fault_proxy: FaultProxy, backend: Backend
+) -> None:
+    store = open_store(partition_key_field="tenant", uri=fault_proxy.uri, retry=RetryPolicy(max_attempts=1))
+    store.add(nodes_of("a", 2))
+    fault_proxy.clear()
+    fault_proxy.script(LoseAnswer(), method="Delete")
+    report = store.write(nodes_of("a", 1))
+    assert report.ok == (backend.name == "lite")
+    for lost in report.unknown:
+        assert "earlier rows of these ids may be deleted" in str(lost.error)
+        assert fault_proxy.counts["Delete"] == 1 and owners(store, "a") == ["a"]
 
 
 def test_a_node_without_the_key_fails_alone_and_by_name(open_store: Open) -> None:

@@ -13,14 +13,15 @@ import grpc
 import orjson
 from pymilvus import AnnSearchRequest
 from pymilvus.client import ts_utils
-from pymilvus.exceptions import ConnectError, ErrorCode, MilvusException
-from pymilvus.grpc_gen import common_pb2, milvus_pb2
+from pymilvus.exceptions import ConnectError, MilvusException
+from pymilvus.grpc_gen import milvus_pb2
 
 from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._milvus.errors import ClosedConnectionError, RpcFailure, StatusFailure, classify
+from llama_index_milvus_async_ext._milvus.once import once
 from llama_index_milvus_async_ext._milvus.query_request import LookedUp, Wanted, is_readable, query_request
 from llama_index_milvus_async_ext._milvus.quiet import UnknownMethodsFilter, add_filter, silence_pymilvus
-from llama_index_milvus_async_ext._milvus.replacing import expression_of, misplaces_upserts
+from llama_index_milvus_async_ext._milvus.replacing import deleting, expression_of, inserting, misplaces_upserts
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import (
     Answer,
@@ -32,6 +33,7 @@ from llama_index_milvus_async_ext._milvus.search_request import (
     search_request,
 )
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
+from llama_index_milvus_async_ext._milvus.time_left import TimeLeft
 from llama_index_milvus_async_ext._milvus.write_request import write_request
 
 _FEW = 32
@@ -61,7 +63,7 @@ class Connection:
         self._is_closed = False
         self._misplaces_upserts = False
         self.db_name: str = getattr(getattr(self.client, "_config", None), "db_name", "")
-        self._metadata = [("dbname", self.db_name)] if self.db_name else None
+        self.metadata = [("dbname", self.db_name)] if self.db_name else None
 
     @property
     def address(self) -> str:
@@ -86,8 +88,17 @@ class Connection:
         self._misplaces_upserts = misplaces_upserts(version)
         return version
 
+    @property
+    def once(self) -> Any:
+        """The client of pymilvus, each of whose requests goes out once."""
+        return once(self.client)
+
+    async def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Make a call of pymilvus's client, by the name of its method: one attempt, in a thread."""
+        return await self.in_thread(getattr(self.once, method), *args, **kwargs | {"retry_on_rate_limit": False})
+
     async def in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a blocking call of the public client in a thread, its failures unlogged.
+        """Run what blocks in a thread, its failures unlogged; pymilvus's client goes by `ask`.
 
         A daemon thread, so that the interpreter's exit does not wait for a call to a server that never answers.
         """
@@ -130,40 +141,19 @@ class Connection:
         return self._schemas.get(collection)
 
     def fetch_schema(self, collection: str, timeout: float) -> Schema:
-        """The collection's schema, asked for now; blocks."""
-        described = self.client.describe_collection(collection, timeout=timeout)
+        """The collection's schema, asked for now; blocks, and lets pymilvus repeat the question."""
+        return self._schema_of(collection, self.client.describe_collection(collection, timeout=timeout))
+
+    async def refresh_schema(self, collection: str, timeout: float) -> Schema:
+        """The collection's schema, asked for now; the one that is known if nothing has changed."""
+        return self._schema_of(collection, await self.ask("describe_collection", collection, timeout=timeout))
+
+    def _schema_of(self, collection: str, described: dict[str, Any]) -> Schema:
         known = self._schemas.get(collection)
         if known is None or known.described != described:
             known = self._schemas[collection] = Schema(described)
         known.confirmed_at = time.monotonic()
         return known
-
-    def metrics(self, collection: str, timeout: float) -> dict[str, str]:
-        """The metric of each index of a collection, by its field; blocks."""
-        described = self._described_indexes(collection, timeout)
-        if described is None:
-            names = self.client.list_indexes(collection, timeout=timeout)
-            described = [self.client.describe_index(collection, name, timeout=timeout) or {} for name in names]
-        return {index["field_name"]: index.get("metric_type", "") for index in described if index}
-
-    def _described_indexes(self, collection: str, timeout: float) -> list[dict[str, Any]] | None:
-        """All of them by one answer; None if that can't be had, and the public client is to ask, with its repeats."""
-        describe = self.stub_method("DescribeIndex")
-        if describe is None:
-            return None
-        request = milvus_pb2.DescribeIndexRequest(collection_name=collection)
-        try:
-            answer = describe(request, timeout=timeout, metadata=self._metadata)
-        except grpc.RpcError:
-            return None
-        if answer.status.code == ErrorCode.INDEX_NOT_FOUND or answer.status.error_code == common_pb2.IndexNotExist:
-            return []
-        if answer.status.code or answer.status.error_code:
-            return None
-        return [
-            {"field_name": index.field_name, **{pair.key: pair.value for pair in index.params}}
-            for index in answer.index_descriptions
-        ]
 
     def forget_schema(self, collection: str) -> None:
         """Ask for the schema again next time."""
@@ -180,28 +170,38 @@ class Connection:
         Raises:
             StatusFailure: Milvus rejected the request.
             RpcFailure: gRPC could not carry it, or its answer.
+            ReplacementError: Either, where upserts would be misplaced; rows of before are, or may be, deleted.
         """
+        left, former = TimeLeft(timeout), None
         if upsert and self._misplaces_upserts and schema.partition_key is not None:
-            former = expression_of(schema.primary_key, rows)
-            await self.in_thread(self.client.delete, collection, filter=former, timeout=timeout)
-            upsert = False
+            former, upsert = expression_of(schema.primary_key, rows), False
         send = self._sender("Upsert" if upsert else "Insert")
+        request = await self._rows_request(send, collection, partition, schema, rows, upsert)
+        rows.clear()
+        if former is not None:  # not before there is a request: what can't be made into one replaces nothing
+            with deleting():
+                await self.ask("delete", collection, filter=former, timeout=left())
+        with contextlib.nullcontext() if former is None else inserting():
+            if send is None:
+                method = "upsert" if upsert else "insert"
+                await self.ask(method, collection, request, timeout=left(), partition_name=partition)
+                return
+            answered = self._call(send, request, left())
+            del request
+            answer = await answered
+            self._check(answer.status)
+        ts_utils.update_collection_ts(collection, answer.timestamp, self.address, self.db_name)
+
+    async def _rows_request(
+        self, send: Any, collection: str, partition: str, schema: Schema, rows: list[Row], upsert: bool
+    ) -> Any:
+        """What `send` takes; pymilvus's client takes the rows themselves."""
         if send is None:
-            call = self.client.upsert if upsert else self.client.insert
-            entities = [row.entity for row in rows]
-            await self.in_thread(call, collection, entities, timeout=timeout, partition_name=partition)
-            return
+            return [row.entity for row in rows]
         if schema.fast is False or schema.has_sparse:
             # By pymilvus, a tenth of a second for a full request: the loop has others to serve.
-            request = await self.in_thread(write_request, collection, partition, schema, rows, upsert)
-        else:
-            request = write_request(collection, partition, schema, rows, upsert)
-        rows.clear()
-        answered = self._call(send, request, timeout)
-        del request
-        answer = await answered
-        self._check(answer.status)
-        ts_utils.update_collection_ts(collection, answer.timestamp, self.address, self.db_name)
+            return await self.in_thread(write_request, collection, partition, schema, rows, upsert)
+        return write_request(collection, partition, schema, rows, upsert)
 
     async def search(self, group: SearchGroup, queries: Sequence[Any], ranker: Any, timeout: float) -> list[Found]:
         """Search for each query; the answer has what was found for each, in their order.
@@ -235,19 +235,18 @@ class Connection:
             MilvusException: Milvus rejected the request.
             RpcFailure: gRPC could not carry it, or its answer.
         """
-        send = self.stub_method("Query")
+        send, left = self.stub_method("Query"), TimeLeft(timeout)
         if send is not None:
-            answer = await self._call(send, query_request(collection, expression, wanted, options), timeout)
+            answer = await self._call(send, query_request(collection, expression, wanted, options), left())
             self._check(answer.status)
             if is_readable(answer, wanted):
                 return LookedUp(answer, wanted)
-        found = await self.in_thread(
-            self.client.query,
+        found = await self.ask(
+            "query",
             collection_name=collection,
             filter=expression,
             output_fields=wanted.fields,
-            timeout=timeout,
-            retry_on_rate_limit=False,
+            timeout=left(),
             consistency_level="Strong",
             **options,
         )
@@ -270,7 +269,7 @@ class Connection:
                 "search_params": orjson.loads(group.search_params),
                 "filter": group.expression,
             }
-            return hits_of_pymilvus(await self.in_thread(self.client.search, **one_field, **common))
+            return hits_of_pymilvus(await self.ask("search", **one_field, **common))
         dense, sparse = zip(*queries, strict=True)
         halves = [
             AnnSearchRequest(as_pymilvus_takes_them(data), name, orjson.loads(params), group.limit, group.expression)
@@ -279,7 +278,7 @@ class Connection:
                 (sparse, group.hybrid.field_name, group.hybrid.search_params),
             )
         ]
-        return hits_of_pymilvus(await self.in_thread(self.client.hybrid_search, reqs=halves, ranker=ranker, **common))
+        return hits_of_pymilvus(await self.ask("hybrid_search", reqs=halves, ranker=ranker, **common))
 
     def close(self) -> None:
         """Close the connection."""
@@ -327,7 +326,7 @@ class Connection:
                 loop.call_soon_threadsafe(deliver, call)
 
         try:
-            call = method.future(request, timeout=timeout, metadata=self._metadata)
+            call = method.future(request, timeout=timeout, metadata=self.metadata)
         except ValueError:  # a closed channel says so like this
             raise ClosedConnectionError() from None
         del request

@@ -22,13 +22,14 @@ from llama_index_milvus_async_ext._lane.shell import Shell
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._milvus import lite, sizes
 from llama_index_milvus_async_ext._milvus.errors import COLLECTION_NOT_LOADED, RpcFailure, SchemaChangedError, classify
-from llama_index_milvus_async_ext._milvus.limits import Limits, WriteTarget
+from llama_index_milvus_async_ext._milvus.limits import Limits, OfInserts, WriteTarget
 from llama_index_milvus_async_ext._milvus.opening import connect
 from llama_index_milvus_async_ext._milvus.quiet import log_retry
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
 from llama_index_milvus_async_ext._milvus.search_request import Found, SearchGroup, warm_up
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from llama_index_milvus_async_ext._milvus.sharing import Sharing
+from llama_index_milvus_async_ext._milvus.time_left import TimeLeft
 from llama_index_milvus_async_ext._milvus.write_lock import WriteLock
 from llama_index_milvus_async_ext.retry import Verdict
 
@@ -38,8 +39,7 @@ _RELOAD_SECONDS = 5.0
 _SCHEMA_SECONDS = 1.0  # how long a schema is taken to be right although rows are refused by it
 # Lanes of searches that are remembered: filters may differ from search to search, and be long.
 _MOST_SEARCH_LANES, _LONGEST_REMEMBERED = 256, 4_096
-_LAST_ANSWERS_SECONDS = 2.0
-_LEAST_SECONDS = 0.05  # for a request after a long wait for the right to write
+_LAST_ANSWERS_SECONDS, _LOOK_SECONDS = 2.0, 0.005
 
 Call = Callable[["Endpoint", float], Awaitable[T]]
 
@@ -98,7 +98,7 @@ class Endpoint:
             # A write that was given up may still be out: a file that is closed under it makes Lite print a traceback.
             until = time.monotonic() + _LAST_ANSWERS_SECONDS
             while self.shell.core.in_flight and time.monotonic() < until:
-                time.sleep(_LEAST_SECONDS / 10)
+                time.sleep(_LOOK_SECONDS)
         with lite.files if self._settings.is_file else contextlib.nullcontext():
             self.connection.close()
             if self._settings.is_file:
@@ -149,18 +149,16 @@ class Endpoint:
     def _new_write_lane(
         self, target: WriteTarget, schema: Schema, limits: Limits, encode: Callable[[Any], tuple[Row, int]]
     ) -> Lane[Any, None]:
-        collection = target.collection
+        collection, only_inserts = target.collection, schema.primary_key.auto_id
 
         async def send(rows: list[Row], upsert: bool, timeout: float) -> list[None]:
-            count, until = len(rows), time.monotonic() + timeout
-            async with self.writing(collection, timeout):
-                left = max(until - time.monotonic(), _LEAST_SECONDS)
+            count, left = len(rows), TimeLeft(timeout)
+            upsert = (upsert or target.upsert) and not only_inserts
+            async with self.writing(collection, left):
                 try:
-                    await self.connection.write(
-                        collection, target.partition, schema, rows, upsert or target.upsert, left
-                    )
+                    await self.connection.write(collection, target.partition, schema, rows, upsert, left())
                 except MilvusException as failure:
-                    await self._check_schema(collection, schema, failure, timeout)
+                    await self._check_schema(collection, schema, failure, left)
                     raise
             return [None] * count
 
@@ -171,7 +169,7 @@ class Endpoint:
             prepare=encode,
             send=send,
             entrance=entrance,
-            policy=limits.retry,
+            policy=OfInserts.under(limits.retry) if only_inserts else limits.retry,
             max_items=limits.batch_size,
             max_bytes=limits.max_batch_bytes,
             max_in_flight=1 if self.is_lite else limits.writes_in_flight,
@@ -231,10 +229,9 @@ class Endpoint:
         """
 
         async def send(calls: list[Call[Any]], _upsert: bool, timeout: float) -> list[Any]:
-            until = time.monotonic() + timeout
-            async with self.writing(changes, timeout) if changes else contextlib.nullcontext():
-                left = max(until - time.monotonic(), _LEAST_SECONDS)
-                return [await call(self, left) for call in calls]
+            left = TimeLeft(timeout)
+            async with self.writing(changes, left) if changes else contextlib.nullcontext():
+                return [await call(self, left()) for call in calls]
 
         def make() -> Lane[Any, Any]:
             return Lane(
@@ -257,12 +254,11 @@ class Endpoint:
         """The call that asks for a collection's schema again; it returns the one known if nothing has changed."""
 
         async def call(endpoint: Endpoint, timeout: float) -> Schema:
-            schema: Schema = await endpoint.connection.in_thread(endpoint.connection.fetch_schema, collection, timeout)
-            return schema
+            return await endpoint.connection.refresh_schema(collection, timeout)
 
         return call
 
-    async def _check_schema(self, collection: str, schema: Schema, failure: MilvusException, timeout: float) -> None:
+    async def _check_schema(self, collection: str, schema: Schema, failure: MilvusException, left: TimeLeft) -> None:
         """Raise `SchemaChangedError` if rows were refused because the collection is no longer what it was."""
         verdict = classify(failure)
         is_stale = getattr(failure, "schema_is_stale", False)
@@ -270,7 +266,7 @@ class Endpoint:
             return
         if is_stale or time.monotonic() - schema.confirmed_at > _SCHEMA_SECONDS:
             with contextlib.suppress(MilvusException):
-                await self.refreshed_schema(collection)(self, timeout)
+                await self.connection.refresh_schema(collection, left())
         if self.connection.known_schema(collection) is not schema:
             raise SchemaChangedError(
                 f"collection {collection!r} has changed: {failure}", verdict.may_have_been_executed
@@ -284,12 +280,12 @@ class Endpoint:
         return "a write to Milvus Lite" if self.is_lite else None
 
     @contextlib.asynccontextmanager
-    async def writing(self, collection: str, timeout: float) -> AsyncIterator[None]:
+    async def writing(self, collection: str, left: TimeLeft) -> AsyncIterator[None]:
         """Hold the right to change a collection: on Milvus Lite, one process of this machine at a time."""
         if self._write_lock is None:
             yield
             return
-        release = await self._write_lock.acquire(timeout)
+        release = await self._write_lock.acquire(left())
         try:
             try:
                 yield
@@ -298,7 +294,7 @@ class Endpoint:
                     self._torn.add(collection)
                 raise
             if collection in self._torn:
-                await self._begin_a_log(collection, timeout)
+                await self._begin_a_log(collection, left())
         finally:
             release()
 
@@ -309,7 +305,7 @@ class Endpoint:
         be done while the disk is still full: that makes rows disappear.
         """
         try:
-            await self.connection.in_thread(self.connection.client.flush, collection, timeout=timeout)
+            await self.connection.ask("flush", collection, timeout=timeout)
         except MilvusException as failure:
             raise RpcFailure("INTERNAL", f"stored, but a crash may lose it: {failure}") from failure
         self._torn.discard(collection)
@@ -324,9 +320,7 @@ class Endpoint:
             due = now - self._reloaded_at.get(collection, -_RELOAD_SECONDS) >= _RELOAD_SECONDS
             if self.is_lite and failure.code == COLLECTION_NOT_LOADED and due:
                 self._reloaded_at[collection] = now
-                task = asyncio.ensure_future(
-                    self.connection.in_thread(self.connection.client.load_collection, collection, timeout=30)
-                )
+                task = asyncio.ensure_future(self.connection.ask("load_collection", collection, timeout=30))
                 task.add_done_callback(lambda done: done.cancelled() or done.exception())
             raise
 

@@ -139,6 +139,37 @@ class SchemaChangedError(MilvusException):
         return (type(self), (self.message, self.was_executed))
 
 
+class ReplacementError(MilvusException):
+    """Rows that were to be deleted and inserted anew, and were not inserted.
+
+    Attributes:
+        verdict: What the error behind it means for the new rows.
+        schema_is_stale: As that error's, if it says so.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        code: int = NOT_READY,
+        compatible_code: int = 1,
+        verdict: Verdict = Verdict.AMBIGUOUS,
+        schema_is_stale: bool = False,
+    ) -> None:
+        super().__init__(code=code, message=message, compatible_code=compatible_code)
+        self.verdict = verdict
+        self.schema_is_stale = schema_is_stale
+
+    @classmethod
+    def of(cls, error: MilvusException, note: str) -> ReplacementError:
+        """The error, and what it says nothing of."""
+        is_stale = getattr(error, "schema_is_stale", False)
+        return cls(f"{error.message}; {note}", error.code, error.compatible_code, classify(error), is_stale)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = (self.message, self.code, self.compatible_code, self.verdict, self.schema_is_stale)
+        return (type(self), arguments, self.__dict__)
+
+
 class QueryError(ParamError, ValueError):
     """A query that can't be answered; found out before it was sent.
 
@@ -187,6 +218,8 @@ def classify(error: BaseException) -> Verdict:
             # One gRPC code for two causes; gRPC words its size limits so in every language.
             return Verdict.TOO_LARGE if "larger than max" in error.details else Verdict.OVERLOAD
         return _BY_GRPC_STATUS.get(error.status, Verdict.PERMANENT)
+    if isinstance(error, ReplacementError):
+        return error.verdict
     if isinstance(error, SchemaChangedError):
         return Verdict.UNEXPECTED if error.was_executed else Verdict.PERMANENT
     if isinstance(error, (DataNotMatchException, ParamError)):

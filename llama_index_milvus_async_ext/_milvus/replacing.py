@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pymilvus import DataType
+from pymilvus.exceptions import MilvusException
 
+from llama_index_milvus_async_ext._milvus.errors import ReplacementError
 from llama_index_milvus_async_ext._milvus.literals import string_literal
 from llama_index_milvus_async_ext._milvus.schema import PrimaryKey, Row
 
@@ -20,6 +23,28 @@ def misplaces_upserts(version: str) -> bool:
     """Whether a server of this version puts upserted rows into wrong partitions; not if its version can't be read."""
     number = _VERSION.match(version)
     return number is not None and tuple(map(int, number.groups())) < _MENDED
+
+
+@contextlib.contextmanager
+def deleting() -> Iterator[None]:
+    """Say of a delete that fails what may be gone: this one, or that of an attempt before, may have been executed."""
+    with _noting("earlier rows of these ids may be deleted, until the nodes are written again"):
+        yield
+
+
+@contextlib.contextmanager
+def inserting() -> Iterator[None]:
+    """Say of an insert that fails, after its delete, what is gone."""
+    with _noting("earlier rows of these ids are deleted, until the nodes are written again"):
+        yield
+
+
+@contextlib.contextmanager
+def _noting(note: str) -> Iterator[None]:
+    try:
+        yield
+    except MilvusException as failure:
+        raise ReplacementError.of(failure, note) from failure
 
 
 def expression_of(key: PrimaryKey, rows: Sequence[Row]) -> str:

@@ -248,6 +248,10 @@ class RowEncoder:
 
     def _checked_size(self, node: BaseNode, entity: dict[str, Any], name: str, kind: DataType, limit: int) -> int:
         value: Any = entity.get(name)
+        given = node.metadata.get(name)
+        if value is None and isinstance(given, float):  # JSON, through which it went, has null in its place
+            problem = f"its {name!r} is {given}, which a {kind.name} column does not take"
+            raise _mismatch(node, problem, f"replace metadata[{name!r}]")
         if value is None:
             keys = {self._schema.partition_key: "the partition key", self._key_name: "the primary key"}
             what = keys.get(name, "a column")

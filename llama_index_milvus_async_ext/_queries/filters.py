@@ -39,6 +39,7 @@ _SPECIAL_IN_PATTERN = re.compile(r"[%_\\\x00]")
 
 _WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _MAX_INT = 2**63 - 1  # and not one more below zero: the grammar reads the digits before it reads the minus
+_LEAST = str(-_MAX_INT - 1)  # of the whole numbers of 64 bits: a key may be this one, which no expression can name
 _FAN_OUT = 16
 
 _COMPARISONS = frozenset({"==", "!=", "<", "<=", ">", ">="})
@@ -79,7 +80,10 @@ def keys_expression(key: PrimaryKey, ids: Sequence[Any]) -> str:
         raise TypeError(f"ids must be a list of strings, not the string {shown(ids)}")
     if not ids:
         raise QueryError("no ids to match")
-    return f"{_key_expression(key.name)} in [{', '.join(_key_literal(key, each) for each in ids)}]"
+    name, literals = _key_expression(key.name), [_key_literal(key, each) for each in ids]
+    listed = [each for each in literals if each != _LEAST]
+    parts = [f"{name} in [{', '.join(listed)}]"] if listed else []
+    return _joined("or", parts if len(listed) == len(literals) else [*parts, f"{name} < -{_MAX_INT}"])
 
 
 def after_expression(matching: str, key: PrimaryKey, last: Any) -> str:
@@ -93,7 +97,9 @@ def after_expression(matching: str, key: PrimaryKey, last: Any) -> str:
     Raises:
         QueryMismatchError: `last` can't be one of this key.
     """
-    return _joined("and", [matching, f"{_key_expression(key.name)} > {_key_literal(key, last)}"])
+    literal = _key_literal(key, last)
+    after = f">= -{_MAX_INT}" if literal == _LEAST else f"> {literal}"
+    return _joined("and", [matching, f"{_key_expression(key.name)} {after}"])
 
 
 def filter_expression(filters: MetadataFilters | None, scalar_filters: Any = None, *, is_lite: bool = False) -> str:
@@ -300,7 +306,7 @@ def _key_literal(key: PrimaryKey, id_: Any) -> str:
         number = int(id_) if _WHOLE_NUMBER.fullmatch(id_) else None
     elif hasattr(id_, "__index__") and not isinstance(id_, bool):  # numpy's integers as well
         number = index(id_)
-    if number is None or abs(number) > _MAX_INT:
+    if number is None or not -_MAX_INT - 1 <= number <= _MAX_INT:
         raise QueryMismatchError(f"{shown(id_)} is no id: {key.name!r} of this collection is a whole number of 64 bits")
     return str(number)
 

@@ -13,6 +13,7 @@ from llama_index_milvus_async_ext._milvus.errors import DeadlineError, fresh
 from llama_index_milvus_async_ext._milvus.query_request import LookedUp, Wanted
 from llama_index_milvus_async_ext._milvus.schema import Schema
 from llama_index_milvus_async_ext._milvus.session import Connected
+from llama_index_milvus_async_ext._milvus.time_left import TimeLeft
 from llama_index_milvus_async_ext._queries.filters import keys_expression
 
 if TYPE_CHECKING:
@@ -78,10 +79,10 @@ def delete(collection: str, expression: str, partition: str | None, options: dic
     """Delete what matches, in one partition or in all."""
 
     async def run(endpoint: Endpoint, timeout: float) -> None:
-        expressions = [expression]
+        left, expressions = TimeLeft(timeout), [expression]
         if partition and endpoint.is_lite:
             # Milvus Lite takes the rows of other partitions as well (3.2.2): it gets the keys of this one's.
-            expressions = await _key_expressions(endpoint, collection, expression, partition, timeout)
+            expressions = await _key_expressions(endpoint, collection, expression, partition, left)
         for each in expressions:
             await endpoint.connection.in_thread(
                 deleting.delete,
@@ -90,21 +91,21 @@ def delete(collection: str, expression: str, partition: str | None, options: dic
                 is_lite=endpoint.is_lite,
                 filter=each,
                 partition_name=partition,
-                **{"timeout": timeout, "retry_on_rate_limit": False, **options},
+                **{"timeout": left()} | options,
             )
 
     return run
 
 
 async def _key_expressions(
-    endpoint: Endpoint, collection: str, expression: str, partition: str, timeout: float
+    endpoint: Endpoint, collection: str, expression: str, partition: str, left: TimeLeft
 ) -> list[str]:
     """What names the rows of a partition that match, by their keys."""
     schema = endpoint.connection.known_schema(collection)
     if schema is None:
-        schema = await endpoint.refreshed_schema(collection)(endpoint, timeout)
+        schema = await endpoint.connection.refresh_schema(collection, left())
     key = schema.primary_key
-    rows = await query(collection, expression, [partition], [key.name])(endpoint, timeout)
+    rows = await query(collection, expression, [partition], [key.name])(endpoint, left())
     return [keys_expression(key, some) for some in slices([row[key.name] for row in rows])]
 
 
@@ -124,14 +125,13 @@ def query(
 
     async def run(endpoint: Endpoint, timeout: float) -> list[dict[str, Any]]:
         with endpoint.reloading(collection):
-            found = await endpoint.connection.in_thread(
-                endpoint.connection.client.query,
+            found = await endpoint.connection.ask(
+                "query",
                 collection_name=collection,
                 filter=expression,
                 output_fields=fields,
                 partition_names=partitions,
                 timeout=timeout,
-                retry_on_rate_limit=False,
                 **options,
             )
         return list(found)
@@ -153,7 +153,7 @@ def flush(collection: str) -> Call[None]:
     """Seal what was written."""
 
     async def run(endpoint: Endpoint, timeout: float) -> None:
-        await endpoint.connection.in_thread(endpoint.connection.client.flush, collection, timeout=timeout)
+        await endpoint.connection.ask("flush", collection, timeout=timeout)
 
     return run
 
@@ -162,7 +162,7 @@ def drop(collection: str) -> Call[None]:
     """Drop the collection."""
 
     async def run(endpoint: Endpoint, timeout: float) -> None:
-        await endpoint.connection.in_thread(endpoint.connection.client.drop_collection, collection, timeout=timeout)
+        await endpoint.connection.ask("drop_collection", collection, timeout=timeout)
         endpoint.connection.forget_schema(collection)
 
     return run

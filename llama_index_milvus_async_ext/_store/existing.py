@@ -13,6 +13,7 @@ from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext._milvus.connection import Connection
 from llama_index_milvus_async_ext._milvus.errors import COLLECTION_NOT_FOUND
+from llama_index_milvus_async_ext._milvus.indexes import metrics
 from llama_index_milvus_async_ext._milvus.schema import Schema
 
 # The arguments of upstream's constructor that its fields take as they are, and those that decide what else it does.
@@ -51,7 +52,7 @@ def existing(connection: Connection, collection: str, timeout: float) -> Existin
         if error.code != COLLECTION_NOT_FOUND:
             raise
         schema = connection.fetch_schema(collection, timeout)  # another process has made it meanwhile
-    return Existing(schema, connection.metrics(collection, timeout))
+    return Existing(schema, metrics(connection, collection, timeout))
 
 
 def needs_nothing(kind: type[MilvusVectorStore], found: Existing, arguments: dict[str, Any]) -> bool:

@@ -110,9 +110,6 @@ async def check_partitions(store: OpenStore, connected: Connected, port: Port, n
 
 def _partitions(collection: str) -> Call[list[str]]:
     async def run(endpoint: Endpoint, timeout: float) -> list[str]:
-        names = await endpoint.connection.in_thread(
-            endpoint.connection.client.list_partitions, collection, timeout=timeout
-        )
-        return list(names)
+        return list(await endpoint.connection.ask("list_partitions", collection, timeout=timeout))
 
     return run

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.schema import Document
 from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
+from llama_index.core.storage.kvstore import SimpleKVStore
 from llama_index.vector_stores.milvus import MilvusVectorStore
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore
+from llama_index_milvus_async_ext._ingest.docstores import hashes_of
 from llama_index_milvus_async_ext._ingest.duplicates import Duplicates
 from llama_index_milvus_async_ext._ingest.item import Item
 from llama_index_milvus_async_ext.ingestion import ingest
@@ -103,6 +106,33 @@ def test_upserts_and_delete_deletes_what_the_docstore_knows_and_the_stream_does_
     report = run(pipeline, [doc("d0", "refused")], on_failure="collect")
     assert counts(report) == (0, 0, 0, 1, 1)
     assert held(store) == expected([*docs(1), doc("foreign", "of nobody's docstore")])
+
+
+@both
+def test_upserts_and_delete_misses_each_document_of_a_content(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+    """LlamaIndex's question for all hashes names one document of each."""
+    docstore = SimpleDocumentStore()
+    pipeline = writing_to(store, docstore=docstore, docstore_strategy=UPSERTS_AND_DELETE)
+    run(pipeline, [*(doc(each, "boilerplate") for each in "abcd"), doc("e", "other")])
+    report = run(pipeline, [doc("b", "boilerplate"), doc("e", "other")])
+    assert counts(report) == (0, 0, 2, 3, 0)
+    assert held(store) == {"b": ["boilerplate"], "e": ["other"]} and set(docstore.docs) == {"b", "e"}
+
+
+@pytest.mark.parametrize("kind", [SimpleDocumentStore, KVDocumentStore])
+async def test_what_a_docstore_knows_is_what_it_says_where_contents_differ(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docstore = kind(SimpleKVStore()) if kind is KVDocumentStore else kind()
+    known = {f"d{number}": f"hash {number}" for number in range(5)}
+    await docstore.aset_document_hashes(known)
+    assert await hashes_of(docstore) == known
+    assert await docstore.aget_all_document_hashes() == {hash_: each for each, hash_ in known.items()}
+    for attribute in ("_kvstore", "_metadata_collection"):  # of another version
+        other = copy.copy(docstore)
+        vars(other)[attribute] = None
+        monkeypatch.setattr(other, "aget_all_document_hashes", docstore.aget_all_document_hashes)
+        assert await hashes_of(other) == known
 
 
 @both

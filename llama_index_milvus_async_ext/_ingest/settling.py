@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from llama_index.core.ingestion import DocstoreStrategy
 from llama_index_instrumentation import get_dispatcher
 
+from llama_index_milvus_async_ext._ingest.docstores import hashes_of
 from llama_index_milvus_async_ext._ingest.duplicates import Duplicates
 from llama_index_milvus_async_ext._ingest.item import Item
 from llama_index_milvus_async_ext._ingest.job import Job
@@ -44,8 +45,8 @@ class Settling:
     async def begin(self) -> None:
         """Ask the docstore what it knows, once."""
         if self._job.docstore is not None:
-            self.duplicates.first.update(await self._job.docstore.aget_all_document_hashes())
-            self._hashes.update((document_id, hash_) for hash_, document_id in self.duplicates.first.items())
+            self._hashes.update(await hashes_of(self._job.docstore))
+            self.duplicates.first.update((hash_, document_id) for document_id, hash_ in self._hashes.items())
 
     def see(self, document_id: str) -> None:
         """Note that the stream holds a document."""
@@ -114,7 +115,7 @@ class Settling:
         docstore = self._job.docstore
         if docstore is not None:
             try:
-                for document_id in missing:  # those of one content are one in `_hashes`, and each in the docstore
+                for document_id in missing:
                     await docstore.adelete_document(document_id, raise_error=False)
             except Exception as error:
                 self._tally.fail(None, "docstore", error)

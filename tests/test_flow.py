@@ -7,6 +7,7 @@ import asyncio
 import contextvars
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
@@ -495,6 +496,16 @@ def test_a_function_that_can_have_no_thread_is_called_in_this_one(monkeypatch: p
 
 def raises_no_more_threads(_: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
+
+
+def test_a_coroutine_that_can_have_no_thread_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(_: WaitingThread) -> None: ...
+
+    monkeypatch.setattr(threading.Thread, "start", raises_no_more_threads)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        WaitingThread().run(main)
+    assert time.monotonic() - began < 5
 
 
 def test_an_error_of_a_function_that_must_not_be_interrupted_is_raised_as_it_is() -> None:

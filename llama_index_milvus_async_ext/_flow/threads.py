@@ -131,8 +131,9 @@ class WaitingThread:
             beside.start()  # which waits for it to begin, and may be interrupted
             while (call := take(self._calls)) is not None:
                 call.make()
-        except BaseException:
-            self._cancel(beside)
+        except BaseException as error:
+            if beside.ident is not None or not isinstance(error, RuntimeError):  # the system has no more threads
+                self._cancel(beside)
             raise
         beside.join()
         if self._error is not None:

@@ -172,9 +172,7 @@ class Write:
             now = await calls.schema_again(self._store, self._connected, self._port, schema)
         except MilvusException:
             return
-        if now.primary_key.auto_id:  # what may be there would be there twice
-            refused = [place for place in refused if not self._failures[place].ambiguous]
-        if now is schema or not refused:
+        if now is schema:
             return
         may_be_there = any(self._failures[place].ambiguous for place in refused)
         self._schema, self._places = now, sorted(refused)

@@ -381,7 +381,7 @@ class World:
         )
         for call in self.calls:
             if call.open:
-                since = max([call.submitted_at, *self.progress[call.lane.kind][-1:]])
+                since = max([call.submitted_at, *(times[-1] for times in self.progress.values() if times)])
                 patience = call.lane.policy.deadline_seconds + LAST_ATTEMPT_SECONDS + self.stalled
                 assert self.now <= since + patience + A_MOMENT, "past its deadline"
 

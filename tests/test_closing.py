@@ -561,6 +561,38 @@ def test_calls_from_an_early_exit_handler_end(lite_uri: str, collection_name: st
     assert "Traceback" not in ended.stderr, ended.stderr
 
 
+CLOSED_BY_FINALIZERS = """
+import sys
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore
+
+class App:
+    def __init__(self, store):
+        self.store = store
+
+    def __del__(self):
+        self.store.close()
+
+def suspended(store):
+    with store:
+        yield
+
+how, uri = sys.argv[1:]
+store = AsyncMilvusVectorStore(uri, dim=2)
+if how == "an object":
+    app = App(store)
+else:
+    app = suspended(store)
+    next(app)
+"""
+
+
+@pytest.mark.parametrize("how", ["an object", "a generator"])
+def test_a_store_that_is_closed_while_modules_are_torn_down_ends(tmp_path: Path, how: str) -> None:
+    command = [sys.executable, "-c", CLOSED_BY_FINALIZERS, how, str(tmp_path / "own.db")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)  # TimeoutExpired: it hangs
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+
+
 class ThreadedEmbedding(HashEmbedding):
     """Embeds in a thread of the event loop's own, as many models do."""
 

@@ -632,6 +632,19 @@ def test_what_is_denied_ends_at_the_deadline_though_requests_of_another_kind_are
     assert world.now <= 1_000 + 20 + LAST_ATTEMPT_SECONDS + 1
 
 
+def test_what_waits_for_its_turn_is_not_given_up_while_others_are_served(world: World) -> None:
+    others = world.lane(ceiling=1, max_items=1, policy=patient(deadline_seconds=5))
+    waiting = world.submit_many(world.lane(kind="calls", ceiling=1, policy=patient(deadline_seconds=5)), 1)
+    world.submit_many(others, 1)
+    calls = [world.submit_many(others, 1) for _ in range(20)]
+    while any(call.open for call in (waiting, *calls)):
+        world.settle_down()
+        world.now += 3
+        for flight in [flight for flight in world.out if flight.lane is others] or list(world.out):
+            world.answer(flight, None)
+    assert waiting.failures == [None]
+
+
 def test_an_attempt_has_its_own_time_out_or_what_is_left_and_a_last_one_a_little_more(world: World) -> None:
     world.submit_many(world.lane(rpc_timeout_seconds=6, policy=patient(deadline_seconds=20)), 1)
     time_outs = []

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.ingestion import DocstoreStrategy
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.readers.base import ReaderConfig
@@ -140,6 +141,23 @@ def test_what_is_deep_in_the_callers_documents_is_left_as_it_came(store: AsyncMi
     assert run(pipeline, [document]).added == 1
     assert document == before
     assert run(pipeline, [document]).unchanged == 1
+
+
+class Rooted(Document):
+    """A document with an object of the user's own, which refers back to it."""
+
+    holder: Any = None
+
+
+class Holder(BaseModel):
+    of: Any = None
+
+
+@both
+def test_objects_of_the_callers_own_are_not_looked_into(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+    document = Rooted(id_="d", text="text", holder=Holder())
+    document.holder.of = document
+    assert run(writing_to(store), [document]).added == 1
 
 
 @both

@@ -80,4 +80,4 @@ def test_it_remembers_when_anything_was_last_acknowledged() -> None:
     limit = Limit(4)
     limit.succeeded("rows", in_flight=1, now=7.0)
     limit.overloaded(sent_at=6.0, now=8.0)
-    assert limit.progress_at("rows") == 7.0 and limit.progress_at("queries") < 0
+    assert limit.progress_at == limit.progress_of("rows") == 7.0 and limit.progress_of("queries") < 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -82,6 +83,8 @@ class _Aside(Generic[T]):
 
 
 def _is_started(name: str, work: Callable[[], None]) -> bool:
+    if sys.is_finalizing():  # before Python 3.12, the start of a thread would never return
+        return False
     try:
         threading.Thread(target=work, name=name, daemon=True).start()
     except RuntimeError:

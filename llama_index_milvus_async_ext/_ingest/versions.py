@@ -36,7 +36,7 @@ def hash_of(document: BaseNode) -> str:
 
 def _in_order(value: Any) -> Any:
     """The value itself, or another in which a text stands for each set."""
-    if isinstance(value, (set, frozenset)):
+    if isinstance(value, (set, frozenset)) and len(value) > 1:
         return f"{type(value).__name__} of {sorted(repr(_in_order(each)) for each in value)}"
     if isinstance(value, dict):
         made: Any = {key: _in_order(each) for key, each in value.items()}

@@ -54,9 +54,9 @@ class Air:
                 del self._paused[flight]
                 self.again.append(flight)
 
-    def next_wake(self, progress_at: Callable[[str], float]) -> float | None:
+    def next_wake(self, progress_of: Callable[[str], float]) -> float | None:
         """When the next pause is over, or the patience of one that waits for a slot."""
-        overdue = (flight.deadline_at(progress_at(flight.lane.kind)) + LEAST_TIMEOUT_SECONDS for flight in self.again)
+        overdue = (flight.deadline_at(progress_of(flight.lane.kind)) + LEAST_TIMEOUT_SECONDS for flight in self.again)
         return min([*self._paused.values(), *overdue], default=None)
 
     @property

@@ -135,7 +135,7 @@ class Carrier:
 
     def deadline_at(self, flight: Flight[Any]) -> float:
         """When the oldest of a flight's items are given up."""
-        return flight.deadline_at(self._limit.progress_at(flight.lane.kind))
+        return flight.deadline_at(self._limit.progress_of(flight.lane.kind))
 
     def without_overdue(
         self, flight: Flight[Any], alive: list[Item[Any]], error: BaseException, now: float

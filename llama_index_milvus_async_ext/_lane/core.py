@@ -35,7 +35,8 @@ class Core:
         - Items with equal keys are sent one after the other, in the order of submission, never in one request.
         - Callers share a batch evenly, so that a small call does not wait for a large one.
         - No item stays longer than `policy.deadline_seconds`, and a tenth of a second for a last attempt, while the
-          endpoint acknowledges nothing of its kind.
+          endpoint acknowledges nothing; nor, once a request with it has failed, while it acknowledges nothing of its
+          kind.
     """
 
     def __init__(self, classify: Callable[[BaseException], Verdict]) -> None:
@@ -179,8 +180,9 @@ class Core:
 
     def next_wake(self) -> float | None:
         """When to call `step` again though nothing happens; None if only an event can change anything."""
-        progress_at = self.limit.progress_at
-        times = [self._air.next_wake(progress_at), self._ledger.next_due(progress_at), self._turns.next_wake()]
+        limit = self.limit
+        times = [self._air.next_wake(limit.progress_of), self._ledger.next_due(limit.progress_at)]
+        times.append(self._turns.next_wake())
         times.append(self._precedence.next_wake([flight.lane for flight in self._air.again]))
         return min((time for time in times if time is not None), default=None)
 

@@ -21,8 +21,7 @@ class Ledger:
         self.open: dict[Submission[Any], None] = {}
         self.settled: list[Submission[Any]] = []
         self._leave = leave
-        # What may wait to be sent, by what it waits for: progress of its kind, and so long.
-        self._due: dict[tuple[str, float], dict[Submission[Any], None]] = {}
+        self._due: dict[float, dict[Submission[Any], None]] = {}  # what may wait to be sent, by patience
 
     def enter(self, submission: Submission[Any]) -> None:
         """Take a submission in."""
@@ -31,7 +30,7 @@ class Ledger:
             return
         submission.lane.open += 1
         self.open[submission] = None
-        self._due.setdefault(_patience_of(submission), {})[submission] = None
+        self._due.setdefault(submission.lane.policy.deadline_seconds, {})[submission] = None
 
     def settle(self, item: Item[Any], result: Any, failure: Failure | None) -> None:
         """Note an item's outcome, if it has none yet."""
@@ -75,13 +74,13 @@ class Ledger:
             submission.rest = Failure(error, 0, True, False)
             self._count(submission, never_entered)
 
-    def expire(self, now: float, progress_at: Callable[[str], float]) -> tuple[list[Submission[Any]], bool]:
-        """Fail what waited too long while nothing of its kind was acknowledged: some, and whether there may be more."""
+    def expire(self, now: float, progress_at: float) -> tuple[list[Submission[Any]], bool]:
+        """Fail what waited for too long while nothing was acknowledged: some of it, and whether there may be more."""
         expired: list[Submission[Any]] = []
-        for (kind, patience), waiting in self._due.items():
+        for patience, waiting in self._due.items():
             while waiting:
                 submission = next(iter(waiting))
-                if max(submission.submitted_at, progress_at(kind)) + patience > now:
+                if max(submission.submitted_at, progress_at) + patience > now:
                     break
                 if len(expired) >= _EXPIRED_PER_STEP:
                     return expired, True
@@ -91,10 +90,10 @@ class Ledger:
                 self.drop_waiting(submission, DeadlinePassedError(message))
         return expired, False
 
-    def next_due(self, progress_at: Callable[[str], float]) -> float | None:
+    def next_due(self, progress_at: float) -> float | None:
         """When the next one may expire."""
-        oldest = ((*key, next(iter(waiting))) for key, waiting in self._due.items() if waiting)
-        return min((max(s.submitted_at, progress_at(kind)) + patience for kind, patience, s in oldest), default=None)
+        oldest = ((patience, next(iter(waiting))) for patience, waiting in self._due.items() if waiting)
+        return min((max(s.submitted_at, progress_at) + patience for patience, s in oldest), default=None)
 
     def _count(self, submission: Submission[Any], outcomes: int) -> None:
         submission.remaining -= outcomes
@@ -103,9 +102,5 @@ class Ledger:
         lane = submission.lane
         lane.open -= 1
         del self.open[submission]
-        self._due[_patience_of(submission)].pop(submission, None)
+        self._due[lane.policy.deadline_seconds].pop(submission, None)
         self.settled.append(submission)
-
-
-def _patience_of(submission: Submission[Any]) -> tuple[str, float]:
-    return submission.lane.kind, submission.lane.policy.deadline_seconds

@@ -19,6 +19,7 @@ class Limit:
         self._maximum = maximum
         self._current = float(maximum)
         self._reduced_at = -1.0
+        self.progress_at = -1.0  # when the endpoint last acknowledged anything
         self._progress: dict[str, float] = {}
 
     @property
@@ -39,7 +40,7 @@ class Limit:
         """What the limit would be after `allow`."""
         return maximum if maximum > self._maximum and self._current >= self._maximum else self.current
 
-    def progress_at(self, kind: str) -> float:
+    def progress_of(self, kind: str) -> float:
         """When the endpoint last acknowledged a request of a kind; before all time, if it has not.
 
         Of a kind, because a server that denies writes, for its disk is full, may go on answering searches for days.
@@ -48,7 +49,7 @@ class Limit:
 
     def succeeded(self, kind: str, in_flight: int, now: float) -> None:
         """Note that the endpoint acknowledged one of `in_flight` requests."""
-        self._progress[kind] = now
+        self.progress_at = self._progress[kind] = now
         if in_flight >= self.current:
             self._current = min(self._current + 1 / self._current, self._maximum)
 

@@ -19,6 +19,8 @@ def once(client: MilvusClient) -> Any:
     time-out, if there is one, whatever `retry_times` says. The twin's handler has the methods that stand within.
     """
     handler = getattr(client, "_handler", None)
+    if getattr(getattr(client, "_config", None), "is_global", False):
+        return client  # the decorator has pymilvus find the new primary of a global cluster
     return client if handler is None else _Twin(client, _handler=_Handler(handler))
 
 

@@ -13,7 +13,9 @@ from pymilvus import MilvusClient
 from llama_index_milvus_async_ext._milvus import lite
 
 _LOOPBACK_KEEPALIVE_MS = 600_000
-_WITH_TOKEN = re.compile(r"((?:[a-z][a-z0-9+.-]*://)?)(.*)@(.*)", re.IGNORECASE | re.DOTALL)
+_ADDRESS = re.compile(r"((?:[a-z][a-z0-9+.-]*://)?)([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+_HOST_AND_PORT = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?")
+_PATH = re.compile(r"[/.~\\]|[a-z]:[/\\]|unix:|file:", re.IGNORECASE)
 
 
 class ConnectionSettings:
@@ -107,16 +109,20 @@ class ConnectionSettings:
 def _parted(uri: str) -> tuple[str, str]:
     """An address, and the token that stood in it; "" for none.
 
-    It is read as text, by the last "@", whatever its scheme, or without one: an address that will be refused must have
-    no secret either, as the refusal shows it.
+    It is read as text, whatever its scheme, or without one: an address that will be refused must have no secret either,
+    as the refusal shows it.
     """
-    found = _WITH_TOKEN.fullmatch(uri)
-    is_path = uri.startswith("unix:") or (uri.endswith(".db") and "://" not in uri)
-    if found is None or is_path:
+    found = _ADDRESS.fullmatch(uri)
+    if found is None or _PATH.match(uri) or (uri.endswith(".db") and "://" not in uri):
         return uri, ""
-    scheme, who, where = found.groups()
+    scheme, authority, rest = found.groups()
+    if "@" not in authority and not _HOST_AND_PORT.fullmatch(authority):
+        authority, rest = authority + rest, ""  # a password with one of "/?#" in it
+    who, at, where = authority.rpartition("@")
+    if not at:
+        return uri, ""
     # As pymilvus sends it: "user:password"; or what is alone, on either side of the colon, an API key.
-    return scheme + where, ":".join(filter(None, who.partition(":")[::2]))
+    return scheme + where + rest, ":".join(filter(None, who.partition(":")[::2]))
 
 
 def _is_loopback(uri: str) -> bool:

@@ -37,8 +37,8 @@ class RetryPolicy:
         max_backoff_seconds: Upper bound of any pause.
         deadline_seconds: How long a call keeps trying while the endpoint acknowledges nothing; once a request of it has
             failed, nothing of its kind (writes, searches, other calls). Waiting time is included; a last attempt may
-            outlive the deadline by 0.1 seconds. A long write that moves on never meets it. The default outlasts a restart of a Milvus standalone server,
-            measured at 26 to 31 seconds until its collections are served again.
+            outlive the deadline by 0.1 seconds. A long write that moves on never meets it. The default outlasts a
+            restart of a Milvus standalone server, measured at 26 to 31 seconds until its collections are served again.
         stop: One of tenacity's `stop` objects, in place of `max_attempts`. It is asked after each failed request, an
             overload too, and sees its number, the error, and the seconds since the first one. The deadline holds all
             the same.

@@ -90,7 +90,7 @@ _WORKLOADS: dict[str, _Workload] = {
     ),
     "searches": lambda backend, scale: searches.run(backend, dim=_DIM, rounds=scale.many_rounds, count=1_000),
     "lite": lambda backend, scale: lite.run(
-        dim=_DIM, rounds=scale.rounds, searches=scale.of(200, 100), adds=scale.of(1_000, 300)
+        dim=_DIM, rounds=scale.rounds, searches=scale.of(200, 100), adds=scale.of(1_000, 200)
     ),
     "embedding": lambda backend, scale: embedding.run(
         backend, dim=_DIM, rounds=scale.many_rounds, count=scale.of(10_000, 2_000), is_quick=scale.is_quick
@@ -104,7 +104,7 @@ _WORKLOADS: dict[str, _Workload] = {
         dim=_DIM,
         rounds=scale.of(5, 1),
         rows=scale.of(6_000, 2_000),
-        large=scale.of(200_000, 30_000),
+        large=scale.of(200_000, 15_000),
         seconds=scale.of(5.0, 1.5),
     ),
     "single": lambda backend, scale: single.run(backend, dim=_DIM, rounds=scale.many_rounds),

@@ -25,10 +25,14 @@ HOME = str(Path(llama_index_milvus_async_ext.__file__).parent)
 BENEATH = ("contextlib.py", "asyncio/base_events.py", "asyncio/selector_events.py", "asyncio/unix_events.py")
 
 
+# Python 3.10 looks for signals before any instruction; and later ones report some instructions only.
+follows_the_instructions = pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="made for Python 3.11")
+
+
 class Strike:
     """Raises `KeyboardInterrupt` in this thread at the n-th place where Python would run a signal's handler.
 
-    These are, since Python 3.11, where a function begins, after a call, and where a loop goes back.
+    These are, in Python 3.11, where a function begins, after a call, and where a loop goes back.
     """
 
     def __init__(self, at: int) -> None:
@@ -101,7 +105,7 @@ def works(store: AsyncMilvusVectorStore) -> bool:
     return bool(answers)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 looks for signals before any instruction")
+@follows_the_instructions
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # struck before its first step
 @pytest.mark.parametrize("call", CALLS)
 def test_ctrl_c_anywhere_in_a_blocking_call_leaves_nothing_behind(store: AsyncMilvusVectorStore, call: str) -> None:
@@ -120,7 +124,7 @@ def test_ctrl_c_anywhere_in_a_blocking_call_leaves_nothing_behind(store: AsyncMi
     assert store.statistics().waiting == 0
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 looks for signals before any instruction")
+@follows_the_instructions
 def test_ctrl_c_anywhere_in_close_lets_go_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "own.db"
     stores = []  # kept: what is done for one that nobody has any more is not to be struck

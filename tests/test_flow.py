@@ -6,8 +6,10 @@ import _thread
 import asyncio
 import contextvars
 import queue
+import sys
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_index_milvus_async_ext._flow.intake import Intake
+from llama_index_milvus_async_ext._flow.loops import forget_closed
 from llama_index_milvus_async_ext._flow.stages import Stage, Stopwatch, flow
 from llama_index_milvus_async_ext._flow.threads import OwnThread, WaitingThread
 from llama_index_milvus_async_ext._flow.uninterrupted import uninterrupted
@@ -462,6 +465,49 @@ def test_an_answer_to_a_loop_that_is_closed_is_dropped() -> None:
     may_return.set()
     thread.close()
     blocked_until(lambda: not any(each.name == "tests-own" for each in threading.enumerate()))
+
+
+# --- loops that are closed
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """As any other, without its sockets: hundreds are made."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+    def is_closed(self) -> bool:
+        return self.is_over
+
+    def __del__(self) -> None: ...
+
+
+def test_closed_loops_are_forgotten_by_many_threads_at_once() -> None:
+    of_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = weakref.WeakKeyDictionary()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(300):
+                loop = Loop()
+                of_loops[loop] = loop  # which keeps it
+                loop.is_over = True
+                forget_closed(of_loops)
+        except BaseException as error:
+            errors.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    forget_closed(of_loops)
+    assert not errors and not len(of_loops)
 
 
 # --- what must not be interrupted

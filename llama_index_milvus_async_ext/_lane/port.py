@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from llama_index_milvus_async_ext._flow.loops import forget_closed
 from llama_index_milvus_async_ext._lane.items import Submission
 from llama_index_milvus_async_ext._lane.journey import Journey, Request
 from llama_index_milvus_async_ext._lane.thread import IoThread
@@ -75,8 +76,7 @@ class LoopPort:
             with cls._lock:
                 port = cls._ports.get(loop)
                 if port is None or port._io is not IoThread._instance:  # another one after a fork
-                    for ended in [each for each in cls._ports if each.is_closed()]:
-                        del cls._ports[ended]  # whose port may still hold a call, and so the loop
+                    forget_closed(cls._ports)  # a port may still hold a call, and so its loop
                     port = cls._ports[loop] = cls(loop, IoThread.get())
                 cls._recent = port
         return port

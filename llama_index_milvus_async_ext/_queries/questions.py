@@ -16,6 +16,8 @@ from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent, EmbeddingStartEvent
 from llama_index_instrumentation import get_dispatcher
 
+from llama_index_milvus_async_ext._flow.loops import forget_closed
+
 dispatcher = get_dispatcher(__name__)
 
 _QUESTIONS_PER_CALL = 256
@@ -61,8 +63,7 @@ async def embedded(model: BaseEmbedding, questions: list[str], batch: Batch) -> 
     loop = asyncio.get_running_loop()
     of_loop = _at_work.get(loop)
     if of_loop is None:
-        for ended in [each for each in _at_work if each.is_closed()]:
-            del _at_work[ended]  # whose questions may still be there, and so the loop
+        forget_closed(_at_work)  # questions may still be there, and so their loop
         of_loop = _at_work.setdefault(loop, {})
     vectors = []
     for question in questions:

@@ -563,14 +563,15 @@ def test_calls_from_an_early_exit_handler_end(lite_uri: str, collection_name: st
 
 CLOSED_BY_FINALIZERS = """
 import sys
-from llama_index_milvus_async_ext import AsyncMilvusVectorStore
+from llama_index.core.schema import TextNode
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter
 
 class App:
-    def __init__(self, store):
-        self.store = store
+    def __init__(self, at_the_end):
+        self.at_the_end = at_the_end
 
     def __del__(self):
-        self.store.close()
+        self.at_the_end()
 
 def suspended(store):
     with store:
@@ -579,15 +580,27 @@ def suspended(store):
 how, uri = sys.argv[1:]
 store = AsyncMilvusVectorStore(uri, dim=2)
 if how == "an object":
-    app = App(store)
+    app = App(store.close)
+elif how == "a writer":
+    writer, node = AsyncMilvusWriter(store), TextNode(text="text", embedding=[1.0, 0.5])
+
+    def write():
+        try:
+            writer([node])
+        except RuntimeError as error:
+            assert "exiting" in str(error), error
+        except ImportError:  # of LlamaIndex's instrumentation, which makes an event of that error
+            pass
+
+    app = App(write)
 else:
     app = suspended(store)
     next(app)
 """
 
 
-@pytest.mark.parametrize("how", ["an object", "a generator"])
-def test_a_store_that_is_closed_while_modules_are_torn_down_ends(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("how", ["an object", "a generator", "a writer"])
+def test_a_store_that_is_used_or_closed_while_modules_are_torn_down_ends(tmp_path: Path, how: str) -> None:
     command = [sys.executable, "-c", CLOSED_BY_FINALIZERS, how, str(tmp_path / "own.db")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)  # TimeoutExpired: it hangs
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr

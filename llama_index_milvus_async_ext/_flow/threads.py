@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from llama_index_milvus_async_ext._flow.arrivals import take
+from llama_index_milvus_async_ext._flow.starting import start
 
 T = TypeVar("T")
 
@@ -76,7 +77,7 @@ class OwnThread:
         if self._thread is None:
             run = contextvars.copy_context().run
             thread = threading.Thread(target=run, args=(self._serve,), name=self._name, daemon=True)
-            thread.start()
+            start(thread)
             self._thread = thread  # not before: of one that could not be begun, calls would never come back
         call = _Call(function, arguments)
         self._calls.put(call)
@@ -128,7 +129,7 @@ class WaitingThread:
         run = contextvars.copy_context().run
         beside = threading.Thread(target=run, args=(self._run, make), name=f"{here.name}-flow", daemon=daemon)
         try:
-            beside.start()  # which waits for it to begin, and may be interrupted
+            start(beside)  # which waits for it to begin, and may be interrupted
             while (call := take(self._calls)) is not None:
                 call.make()
         except BaseException as error:

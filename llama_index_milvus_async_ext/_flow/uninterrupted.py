@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from llama_index_milvus_async_ext._flow.arrivals import settled
+from llama_index_milvus_async_ext._flow.starting import start
 
 T = TypeVar("T")
 
@@ -83,10 +83,8 @@ class _Aside(Generic[T]):
 
 
 def _is_started(name: str, work: Callable[[], None]) -> bool:
-    if sys.is_finalizing():  # before Python 3.12, the start of a thread would never return
-        return False
     try:
-        threading.Thread(target=work, name=name, daemon=True).start()
+        start(threading.Thread(target=work, name=name, daemon=True))
     except RuntimeError:
         return False
     return True

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from pymilvus import AsyncMilvusClient, MilvusClient
 
+from llama_index_milvus_async_ext._flow.starting import start
 from llama_index_milvus_async_ext._flow.uninterrupted import auninterrupted, uninterrupted
 from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._lane.port import LoopPort, Port
@@ -114,7 +115,12 @@ class Connected:
 
     @contextlib.contextmanager
     def held(self, port: Port) -> Iterator[None]:
-        """A call that consists of others: these may still begin when the store is about to be closed."""
+        """A call that consists of others: these may still begin when the store is about to be closed.
+
+        Raises:
+            RuntimeError: As `begin`; or the interpreter is exiting.
+        """
+        IoThread.get().check()  # now: a progress bar, for one, starts a thread, which would never return
         call = object()
         try:
             self.begin(call, port)
@@ -129,6 +135,7 @@ class Connected:
 
     def while_held(self, port: Port, function: Callable[[], T]) -> T:
         """As `held`, for a blocking function: Ctrl-C as a `with` begins or ends would leave the call behind."""
+        IoThread.get().check()
         call = object()
         try:
             self.begin(call, port)
@@ -157,14 +164,14 @@ class Connected:
         self.close()
 
     def _check_not_within(self) -> None:
-        loop, here = _running_port(), threading.get_ident()
-        own = [port for port in list(self.calls.values()) if port is loop]
+        loop, here, ports = _running_port(), threading.get_ident(), list(self.calls.values())
+        own = sum(port is loop for port in ports)
         if own:
             raise RuntimeError(
-                f"close() would wait for ever for {len(own)} calls of this event loop, which it holds up; use "
+                f"close() would wait for ever for {own} calls of this event loop, which it holds up; use "
                 "`await store.aclose()`, or `async with store:`"
             )
-        if any(isinstance(port, ThreadPort) and port.thread == here for port in list(self.calls.values())):
+        if any(isinstance(port, ThreadPort) and port.thread == here for port in ports):
             raise RuntimeError(
                 "close() would wait for ever for a call of this very thread, which has been interrupted for it (in the "
                 "handler of a signal?); close the store once that call has ended"
@@ -214,4 +221,4 @@ def _close_dropped(connected: Connected) -> None:
     """Close, on another thread: this one may be any, and to let go of a file takes a while."""
     if connected.pid == os.getpid() and not connected.closed:
         with contextlib.suppress(RuntimeError):  # no thread can be started any more: the process ends
-            threading.Thread(target=connected.close, name="milvus-close", daemon=True).start()
+            start(threading.Thread(target=connected.close, name="milvus-close", daemon=True))

@@ -114,8 +114,7 @@ class Duplicates:
             self._forget(document_id)
             self._left_out[document_id] = left_out._replace(item=None)
 
-    def _forget(self, document_id: str) -> LeftOut | None:
+    def _forget(self, document_id: str) -> None:
         left_out = self._left_out.pop(document_id, None)
         if left_out is not None and left_out.item is not None:
             self.room += weight_of_text(left_out.item)
-        return left_out

@@ -47,6 +47,12 @@ def _in_order(value: Any) -> Any:
     return value
 
 
+def _as_text(value: Any) -> str:
+    """What stands for a value that JSON does not know."""
+    found = _in_order(value)
+    return found if isinstance(found, str) else repr(found)
+
+
 def version_of(document: BaseNode, pipeline_version: str, source: str, hash_: str | None = None) -> str:
     """The version of a document: it changes with the text, the metadata and how they are shown to the model.
 
@@ -61,7 +67,7 @@ def version_of(document: BaseNode, pipeline_version: str, source: str, hash_: st
         str(getattr(document, name, "")) for name in ("metadata_template", "metadata_separator", "text_template")
     ]
     # LlamaIndex's hash reads the metadata as text, in which 1 and "1" are the same: a filter tells them apart.
-    shown = json.dumps([*map(list, excluded), *templates, _in_order(document.metadata)], sort_keys=True, default=repr)
+    shown = json.dumps([*map(list, excluded), *templates, document.metadata], sort_keys=True, default=_as_text)
     return digest([pipeline_version, source, document.class_name(), hash_ or hash_of(document), shown])
 
 

@@ -25,18 +25,14 @@ def misplaces_upserts(version: str) -> bool:
     return number is not None and tuple(map(int, number.groups())) < _MENDED
 
 
-@contextlib.contextmanager
-def deleting() -> Iterator[None]:
+def deleting() -> contextlib.AbstractContextManager[None]:
     """Say of a delete that fails what may be gone: this one, or that of an attempt before, may have been executed."""
-    with _noting("earlier rows of these ids may be deleted, until the nodes are written again"):
-        yield
+    return _noting("earlier rows of these ids may be deleted, until the nodes are written again")
 
 
-@contextlib.contextmanager
-def inserting() -> Iterator[None]:
+def inserting() -> contextlib.AbstractContextManager[None]:
     """Say of an insert that fails, after its delete, what is gone."""
-    with _noting("earlier rows of these ids are deleted, until the nodes are written again"):
-        yield
+    return _noting("earlier rows of these ids are deleted, until the nodes are written again")
 
 
 @contextlib.contextmanager

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import inspect
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -16,13 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_index.core.ingestion import IngestionPipeline
-from llama_index.core.schema import TextNode
-from llama_index.core.vector_stores.types import VectorStoreQuery
 
 from llama_index_milvus_async_ext import (
     AsyncMilvusVectorStore,
-    AsyncMilvusWriter,
     WriteError,
     WriteReport,
     aingest,
@@ -30,7 +24,6 @@ from llama_index_milvus_async_ext import (
 )
 from tests import programs
 from tests.conftest import Backend, MakeNodes
-from tests.embedding import HashEmbedding
 
 DIM = 16
 
@@ -85,49 +78,20 @@ def test_the_functions_pickle_as_what_a_task_of_ray_refers_to() -> None:
     assert inspect.iscoroutinefunction(aingest)
 
 
-def write_in_child(store: AsyncMilvusVectorStore, nodes: list[TextNode], results: Any) -> None:
-    try:
-        ids = store.add(nodes[:10])
-        ids += asyncio.run(store.async_add(nodes[10:]))
-        found = store.query(VectorStoreQuery(query_embedding=nodes[0].embedding, similarity_top_k=1))
-        results.put((ids, found.ids))
-        store.close()
-    except BaseException as error:
-        results.put(repr(error))
+def worker_program(backend: Backend, collection_name: str, tmp_path: Path, what: str, method: str) -> None:
+    uri = str(tmp_path / "own.db") if backend.name == "lite" else backend.uri
+    ended = programs.run("from tests.workers import main; main()", what, method, uri, collection_name, timeout=110)
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_a_child_process_writes_and_reads(store: AsyncMilvusVectorStore, make_nodes: MakeNodes, method: str) -> None:
-    asyncio.run(store.async_add(make_nodes(10, dim=DIM)))  # the parent's own requests come first
-    context = multiprocessing.get_context(method)
-    results = context.Queue()
-    nodes = make_nodes(20, dim=DIM, seed=9)
-    child = context.Process(target=write_in_child, args=(store, nodes, results))
-    child.start()
-    outcome = results.get(timeout=120)
-    child.join(60)
-    assert child.exitcode == 0
-    assert outcome == ([node.node_id for node in nodes], [nodes[0].node_id])
-    assert count(store) == 30
-    store.add(make_nodes(1, dim=DIM))
-    assert count(store) == 31
+def test_a_child_process_writes_and_reads(backend: Backend, collection_name: str, tmp_path: Path, method: str) -> None:
+    worker_program(backend, collection_name, tmp_path, "child", method)
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-def test_pipelines_with_worker_processes(store: AsyncMilvusVectorStore, make_nodes: MakeNodes, is_async: bool) -> None:
-    nodes = make_nodes(60, dim=DIM)
-    for node in nodes:
-        node.embedding = None
-    store.add(make_nodes(3, dim=DIM))
-    writer = AsyncMilvusWriter(vector_store=store, embed_model=HashEmbedding(dim=DIM))
-    pipeline = IngestionPipeline(transformations=[writer], disable_cache=True)
-    if is_async:
-        returned = asyncio.run(pipeline.arun(nodes=nodes, num_workers=2))
-    else:
-        returned = pipeline.run(nodes=nodes, num_workers=2)
-    assert sorted(node.node_id for node in returned) == sorted(node.node_id for node in nodes)
-    assert len(store.get_nodes(node_ids=[node.node_id for node in nodes])) == 60
-    assert count(store) == 63
+@pytest.mark.parametrize("method", ["arun", "run"])
+def test_pipelines_with_worker_processes(backend: Backend, collection_name: str, tmp_path: Path, method: str) -> None:
+    worker_program(backend, collection_name, tmp_path, "pipeline", method)
 
 
 def test_a_file_that_another_process_holds_is_named(tmp_path: Path) -> None:

@@ -61,28 +61,35 @@ class _Aside(Generic[T]):
         self._function = function
         self._undo = undo
         self._run = contextvars.copy_context().run
+        self._thread = 0
 
     def is_begun(self) -> bool:
         """Begin; False if the system has no more threads, or the interpreter is exiting."""
         return _is_started(self._name, self._work)
 
     def give_up(self) -> None:
-        """Have what comes of it undone."""
-        if self._undo is not None and not (self.outcome.done() and self.outcome.exception() is not None):
-            _is_started(f"{self._name}-undo", self._take_back)
+        """Have what comes of it undone, if anything does: it may not even have begun."""
+        if self._undo is not None:
+            self.outcome.add_done_callback(self._take_back)
 
     def _work(self) -> None:
+        self._thread = threading.get_ident()
         try:
             self.outcome.set_result(self._run(self._function))
         except BaseException as error:
             self.outcome.set_exception(error)
 
-    def _take_back(self) -> None:
-        if self._undo is not None and self.outcome.exception() is None:
-            self._undo(self.outcome.result())
+    def _take_back(self, outcome: Future[T]) -> None:
+        undo = self._undo
+        if undo is None or outcome.exception() is not None:
+            return
+        if threading.get_ident() == self._thread:
+            undo(outcome.result())
+        else:  # this is the thread that was interrupted, and it may be an event loop's
+            _is_started(f"{self._name}-undo", lambda: undo(outcome.result()))
 
 
-def _is_started(name: str, work: Callable[[], None]) -> bool:
+def _is_started(name: str, work: Callable[[], object]) -> bool:
     try:
         start(threading.Thread(target=work, name=name, daemon=True))
     except RuntimeError:

@@ -30,6 +30,7 @@ from llama_index_milvus_async_ext._milvus.search_request import Found, SearchGro
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from llama_index_milvus_async_ext._milvus.sharing import Sharing
 from llama_index_milvus_async_ext._milvus.time_left import TimeLeft
+from llama_index_milvus_async_ext._milvus.use import Use
 from llama_index_milvus_async_ext._milvus.write_lock import WriteLock
 from llama_index_milvus_async_ext.retry import Verdict
 
@@ -54,14 +55,15 @@ class Endpoint:
     _sharing: ClassVar[Sharing[Endpoint]] = Sharing()
 
     @classmethod
-    def open(cls, settings: ConnectionSettings) -> Endpoint:
-        """The endpoint for these settings, connected; each `open` asks for one `close`.
+    def open(cls, settings: ConnectionSettings) -> Use[Endpoint]:
+        """A use of the endpoint for these settings, connected.
 
         Raises:
             ConnectError: The server can't be reached, refuses the token, or the file is in use.
         """
         # Half opened, Milvus Lite would hold a file for ever; and a use that nobody counts down, a connection.
-        return uninterrupted("milvus-open", lambda: cls._sharing.join(settings, lambda: cls(settings)), cls.close)
+        opening = functools.partial(cls._sharing.join, settings, lambda: cls(settings))
+        return uninterrupted("milvus-open", lambda: Use(opening()), Use.close)
 
     @classmethod
     def forget_all(cls) -> None:

@@ -8,13 +8,11 @@ import contextvars
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from pymilvus import AsyncMilvusClient, MilvusClient
 
-from llama_index_milvus_async_ext._flow.starting import start
 from llama_index_milvus_async_ext._flow.uninterrupted import auninterrupted, uninterrupted
 from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._lane.port import LoopPort, Port
@@ -24,6 +22,7 @@ from llama_index_milvus_async_ext._milvus import lite
 from llama_index_milvus_async_ext._milvus.endpoint import Endpoint
 from llama_index_milvus_async_ext._milvus.opening import another_client
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
+from llama_index_milvus_async_ext._milvus.use import Use
 
 _CLOSED = "this AsyncMilvusVectorStore is closed; make a new one"
 _LOOK_AGAIN_SECONDS = 0.005  # nobody tells when an event loop stops, nor when a call ends
@@ -53,14 +52,15 @@ class Connected:
         closed: Whether it is closed.
 
     Args:
-        endpoint: The endpoint, open for this.
+        use: Of the endpoint; closed with this.
         settings: Its settings.
         client: A client of pymilvus's that the store has already, and that is closed with it.
     """
 
-    def __init__(self, endpoint: Endpoint, settings: ConnectionSettings, client: MilvusClient | None = None) -> None:
+    def __init__(self, use: Use[Endpoint], settings: ConnectionSettings, client: MilvusClient | None = None) -> None:
         self.pid = os.getpid()
-        self.endpoint = endpoint
+        self.endpoint = use.of
+        self._use = use
         self.closed = False
         self._settings = settings
         self._client = client
@@ -202,7 +202,7 @@ class Connected:
             with forks.quiet.busy(), self._making:  # one that is just being made is closed as well
                 if self._client is not None:
                     self._client.close()
-            self.endpoint.close()
+            self._use.close()
 
 
 def _running_port() -> LoopPort | None:
@@ -210,15 +210,3 @@ def _running_port() -> LoopPort | None:
         asyncio.get_running_loop()
         return LoopPort.current()
     return None
-
-
-def close_with(store: object, connected: Connected) -> None:
-    """Close the connection of a store that is dropped unclosed; at the interpreter's exit the process does."""
-    weakref.finalize(store, _close_dropped, connected).atexit = False
-
-
-def _close_dropped(connected: Connected) -> None:
-    """Close, on another thread: this one may be any, and to let go of a file takes a while."""
-    if connected.pid == os.getpid() and not connected.closed:
-        with contextlib.suppress(RuntimeError):  # no thread can be started any more: the process ends
-            start(threading.Thread(target=connected.close, name="milvus-close", daemon=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 from pymilvus import CollectionSchema, DataType, MilvusClient
 
@@ -43,17 +43,35 @@ def with_partition_key(schema: CollectionSchema) -> CollectionSchema:
     return schema
 
 
-def schema_of(given: CollectionSchema | dict[str, Any] | None) -> CollectionSchema | None:
-    """The constructor's `schema`, which a copy of a store has as `described` left it.
+class Wanted(NamedTuple):
+    """How a collection is asked for, beside upstream's arguments.
 
-    Raises:
-        TypeError: It is none.
+    Attributes:
+        partition_key_field: The constructor's; a `Known` one is compared with nothing.
+        schema: What it is made from, if one is given.
+        is_compared: Whether one that is there is compared with the schema: a copy of a store has not asked for it.
+        timeout: Of each question, in seconds.
     """
-    if isinstance(given, dict) and "fields" in given:
-        return CollectionSchema.construct_from_dict(given)
-    if given is not None and not isinstance(given, CollectionSchema):
-        raise TypeError(f"schema must be a pymilvus.CollectionSchema, got {type(given).__name__}")
-    return given
+
+    partition_key_field: str | None
+    schema: CollectionSchema | None
+    is_compared: bool
+    timeout: float
+
+    @classmethod
+    def of(
+        cls, partition_key_field: str | None, schema: CollectionSchema | dict[str, Any] | None, timeout: float
+    ) -> Wanted:
+        """By the constructor's arguments; a copy's schema is what `described` has left of it.
+
+        Raises:
+            TypeError: The schema is none.
+        """
+        if isinstance(schema, dict) and "fields" in schema:
+            return cls(partition_key_field, CollectionSchema.construct_from_dict(schema), False, timeout)
+        if schema is not None and not isinstance(schema, CollectionSchema):
+            raise TypeError(f"schema must be a pymilvus.CollectionSchema, got {type(schema).__name__}")
+        return cls(partition_key_field, schema, True, timeout)
 
 
 def described(schema: CollectionSchema) -> dict[str, Any]:
@@ -82,19 +100,17 @@ def filterable_of(keys: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(keys)
 
 
-def check_arguments(
-    arguments: dict[str, Any], partition_key_field: str | None, schema: CollectionSchema | None
-) -> None:
+def check_arguments(arguments: dict[str, Any], wanted: Wanted) -> None:
     """Refuse arguments that no collection could be made with.
 
     Args:
         arguments: The constructor's that are upstream's.
-        partition_key_field: The constructor's.
-        schema: The constructor's.
+        wanted: The others.
 
     Raises:
         TypeError, ValueError: An argument is wrong, or does not go with another.
     """
+    partition_key_field, schema = wanted.partition_key_field, wanted.schema
     if partition_key_field is not None:
         if not isinstance(partition_key_field, str) or not partition_key_field:
             raise TypeError(f"partition_key_field must be the name of a field, got {partition_key_field!r}")
@@ -121,28 +137,20 @@ def check_arguments(
             raise ValueError(f"partition_key_field={partition_key_field!r}, but schema= has {has}")
 
 
-def check_made(
-    found: Schema, collection: str, partition_key_field: str | None, schema: CollectionSchema | None
-) -> None:
-    """Refuse a collection that is not as it was asked for.
-
-    Args:
-        found: The collection as it is.
-        collection: Its name.
-        partition_key_field: The constructor's; a `Known` one is compared with nothing.
-        schema: The one that is asked for, if one is.
+def check_made(found: Schema, collection: str, wanted: Wanted) -> None:
+    """Refuse a collection, by its name, that is not as it was asked for.
 
     Raises:
         ValueError: It has another partition key, or other fields.
     """
-    key = partition_key_field
+    key, schema = wanted.partition_key_field, wanted.schema
     if key is not None and not isinstance(key, Known) and found.partition_key != key:
         has = f"the partition key {found.partition_key!r}" if found.partition_key else "no partition key"
         raise ValueError(
             f"collection {collection!r} has {has}, but partition_key_field={key!r} is asked for; a collection keeps "
             "what it was made with: leave it out, or choose another collection_name"
         )
-    if schema is None:
+    if schema is None or not wanted.is_compared:
         return
     there = {field["name"]: field["type"] for field in found.described["fields"]}
     for field in schema.fields:

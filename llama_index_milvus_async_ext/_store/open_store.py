@@ -15,7 +15,7 @@ from llama_index.vector_stores.milvus.utils import DEFAULT_SPARSE_EMBEDDING_KEY,
 from pymilvus import AsyncMilvusClient, CollectionSchema, DataType, MilvusClient
 from typing_extensions import Self
 
-from llama_index_milvus_async_ext._flow.uninterrupted import auninterrupted
+from llama_index_milvus_async_ext._flow.uninterrupted import auninterrupted, uninterrupted
 from llama_index_milvus_async_ext._lane import forks
 from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus import lite
@@ -24,8 +24,9 @@ from llama_index_milvus_async_ext._milvus.limits import Limits
 from llama_index_milvus_async_ext._milvus.opening import first_answer
 from llama_index_milvus_async_ext._milvus.quiet import silence_pymilvus
 from llama_index_milvus_async_ext._milvus.search_request import warmed_up
-from llama_index_milvus_async_ext._milvus.session import Connected, close_with
+from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
+from llama_index_milvus_async_ext._milvus.use import Use, closed_if_dropped
 from llama_index_milvus_async_ext._store import making, tracing
 from llama_index_milvus_async_ext._store.existing import construct, existing, make_beside_others, needs_nothing
 from llama_index_milvus_async_ext._store.opening import Known, arguments_of, check_hooks, fitted
@@ -136,35 +137,13 @@ class OpenStore(MilvusVectorStore):
             hybrid_ranker=hybrid_ranker,
             hybrid_ranker_params=hybrid_ranker_params or {},
         )
-        asked = schema if isinstance(schema, CollectionSchema) else None  # a copy's is a dict: it was not asked for
-        schema, filterable = making.schema_of(schema), making.filterable_of(filterable_metadata)
-        making.check_arguments(arguments, partition_key_field, schema)
+        wanted = making.Wanted.of(partition_key_field, schema, rpc_timeout_seconds)
+        filterable = making.filterable_of(filterable_metadata)
+        making.check_arguments(arguments, wanted)
         settings = ConnectionSettings(uri, token, kwargs, served_at)
-        endpoint = Endpoint.open(settings)
-        try:
-            with forks.quiet.busy(), endpoint.creating(), silence_pymilvus():
-                connection = endpoint.connection
-                find = functools.partial(existing, connection, collection_name, rpc_timeout_seconds)
-                found = None if overwrite else first_answer(settings, find)
-                if found is None and schema is not None:
-                    making.make_from(schema, connection.client, arguments, rpc_timeout_seconds)
-                    found, arguments["overwrite"] = find(), False
-                if found is not None:
-                    making.check_made(found.schema, collection_name, partition_key_field, asked)
-                arguments |= fitted(found, arguments)
-                if found is not None and needs_nothing(type(self), found, arguments):
-                    construct(self, arguments)
-                else:
-                    where: dict[str, Any] = {"uri": endpoint.uri, "token": settings.token, "use_async_client": False}
-                    make = functools.partial(super().__init__, **where, **arguments, **settings.client_options)
-                    with making.partitioned_by(partition_key_field):
-                        make_beside_others(make, self._discard_made)
-                    made = connection.fetch_schema(collection_name, rpc_timeout_seconds)
-                    making.check_made(made, collection_name, partition_key_field, asked)
-        except BaseException:
-            self._discard_made()
-            endpoint.close()
-            raise
+        # Not in the main thread, where a Ctrl-C could leave one of gRPC's own locks locked for ever.
+        opening = functools.partial(self._opened, settings, arguments, wanted)
+        use = uninterrupted("milvus-open", opening, self._undo)
         for name, value in own.items():
             setattr(self, name, value)
         self.uri = settings.uri
@@ -172,11 +151,42 @@ class OpenStore(MilvusVectorStore):
         self.retry = retry or RetryPolicy()
         self.partition_key_field = partition_key_field
         self.filterable_metadata = filterable
-        self._schema = making.described(schema) if schema is not None else None
+        self._schema = making.described(wanted.schema) if wanted.schema is not None else None
         self._settings = settings
         self.use_async_client = use_async_client
-        self._connected = Connected(endpoint, settings, self._made_by_upstream())
-        close_with(self, self._connected)
+        self._connected = Connected(use, settings, self._made_by_upstream())
+        closed_if_dropped(self, self._connected.close)
+
+    def _opened(self, settings: ConnectionSettings, arguments: dict[str, Any], wanted: making.Wanted) -> Use[Endpoint]:
+        """Connect, find or make the collection, and be a store on it, as upstream's constructor leaves one."""
+        use, name, timeout = Endpoint.open(settings), arguments["collection_name"], wanted.timeout
+        endpoint, connection = use.of, use.of.connection
+        try:
+            with forks.quiet.busy(), endpoint.creating(), silence_pymilvus():
+                find = functools.partial(existing, connection, name, timeout)
+                found = None if arguments["overwrite"] else first_answer(settings, find)
+                if found is None and wanted.schema is not None:
+                    making.make_from(wanted.schema, connection.client, arguments, timeout)
+                    found, arguments["overwrite"] = find(), False
+                if found is not None:
+                    making.check_made(found.schema, name, wanted)
+                arguments |= fitted(found, arguments)
+                if found is not None and needs_nothing(type(self), found, arguments):
+                    construct(self, arguments)
+                else:
+                    where: dict[str, Any] = {"uri": endpoint.uri, "token": settings.token, "use_async_client": False}
+                    make = functools.partial(super().__init__, **where, **arguments, **settings.client_options)
+                    with making.partitioned_by(wanted.partition_key_field):
+                        make_beside_others(make, self._discard_made)
+                    making.check_made(connection.fetch_schema(name, timeout), name, wanted)
+        except BaseException:
+            self._undo(use)
+            raise
+        return use
+
+    def _undo(self, use: Use[Endpoint]) -> None:
+        self._discard_made()
+        use.close()
 
     @classmethod
     async def aopen(cls, *args: Any, **kwargs: Any) -> Self:
@@ -245,7 +255,7 @@ class OpenStore(MilvusVectorStore):
         if connected.pid != os.getpid():  # forked: nothing that was connected in the parent works here
             lite.never_collect(connected)
             connected = self._connected = Connected(Endpoint.open(self._settings), self._settings)
-            close_with(self, connected)
+            closed_if_dropped(self, connected.close)
         return connected
 
     def close(self) -> None:
@@ -288,13 +298,12 @@ class OpenStore(MilvusVectorStore):
         if self._settings.is_file:  # in the child of a child, by the process that holds the file
             is_here = endpoint.uri == self._settings.uri
             served_at = f"{endpoint.connection.address}#{os.getpid()}" if is_here else self._settings.served_at
-        arguments = arguments_of(self) | self._own_arguments() | {"served_at": served_at}
-        connection = (self._settings.uri, self._settings.token, self._settings.options)
-        return (_rebuilt, (type(self), connection, arguments))
+        connection = {"uri": self._settings.uri, "token": self._settings.token, "served_at": served_at}
+        arguments = arguments_of(self) | self._own_arguments() | connection | self._settings.options
+        return functools.partial(type(self), **arguments), ()
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        rebuild, arguments = self.__reduce_ex__(2)
-        copied: Self = rebuild(*arguments)
+        copied: Self = self.__reduce_ex__(2)[0]()
         return copied
 
     def __copy__(self) -> Self:
@@ -339,8 +348,3 @@ class OpenStore(MilvusVectorStore):
         """The function that computes sparse vectors in the client; None if Milvus does, or there are none."""
         function = self.sparse_embedding_function
         return function if self.enable_sparse and isinstance(function, BaseSparseEmbeddingFunction) else None
-
-
-def _rebuilt(cls: type[OpenStore], connection: tuple[str, str, dict[str, Any]], arguments: dict[str, Any]) -> OpenStore:
-    uri, token, options = connection
-    return cls(uri=uri, token=token, **arguments, **options)

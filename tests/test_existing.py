@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from llama_index.core.vector_stores.types import VectorStoreQuery
 from llama_index.vector_stores.milvus import IndexManagement, MilvusVectorStore
-from pymilvus import DataType, MilvusClient
+from pymilvus import DataType, MilvusClient, MilvusException
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore
 from llama_index_milvus_async_ext._milvus.indexes import metrics
@@ -147,3 +150,39 @@ def test_a_collection_that_another_process_makes_at_the_same_time_is_opened(
         assert refused.struck == 1
         assert store.client.list_indexes(collection_name) == ["embedding"]
     assert nothing_is_left_of(proxy)
+
+
+def test_an_index_that_can_not_be_made_is_an_error(lite_uri: str, collection_name: str) -> None:
+    """Its message has the word "existing" in it; one of a collection that another process is just making, "exists"."""
+    refused = {"index_type": "SPARSE_WAND"}
+    with pytest.raises(MilvusException, match="requires SPARSE_INVERTED_INDEX"):
+        AsyncMilvusVectorStore(
+            lite_uri, collection_name=collection_name, dim=DIM, enable_sparse=True, sparse_index_config=refused
+        )
+
+
+def test_a_collection_that_somebody_has_released(backend: Backend, collection_name: str, make_nodes: MakeNodes) -> None:
+    """Milvus Lite releases all of them at each of its starts, so it is told to load; a server's stays released."""
+    with AsyncMilvusVectorStore(backend.uri, collection_name=collection_name, dim=DIM) as store:
+        nodes = make_nodes(3, dim=DIM)
+        store.add(nodes)
+        store.client.release_collection(collection_name)
+        query = VectorStoreQuery(query_embedding=nodes[0].embedding, similarity_top_k=1)
+        if backend.name == "lite":
+            assert store.query(query).ids == [nodes[0].node_id]
+            return
+        calls: list[Callable[[], Any]] = [
+            lambda: store.query(query),
+            lambda: store.get_nodes([nodes[0].node_id]),
+            lambda: store.delete("nobody's"),
+            lambda: next(store.iter_nodes()),
+        ]
+        for call in calls:
+            before = store.statistics().retries
+            with pytest.raises(MilvusException, match=f"load_collection\\('{collection_name}'\\)") as raised:
+                call()
+            assert raised.value.code == 101
+            assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+            assert store.statistics().retries == before, "it would be no use"
+        store.client.load_collection(collection_name)
+        assert store.query(query).ids == [nodes[0].node_id]

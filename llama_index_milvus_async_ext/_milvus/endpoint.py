@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pymilvus.exceptions import MilvusException
@@ -21,8 +20,9 @@ from llama_index_milvus_async_ext._lane.lanes import Lane
 from llama_index_milvus_async_ext._lane.shell import Shell
 from llama_index_milvus_async_ext._lane.thread import IoThread
 from llama_index_milvus_async_ext._milvus import lite, sizes
-from llama_index_milvus_async_ext._milvus.errors import COLLECTION_NOT_LOADED, RpcFailure, SchemaChangedError, classify
+from llama_index_milvus_async_ext._milvus.errors import RpcFailure, SchemaChangedError, classify
 from llama_index_milvus_async_ext._milvus.limits import Limits, OfInserts, WriteTarget
+from llama_index_milvus_async_ext._milvus.loading import Loading
 from llama_index_milvus_async_ext._milvus.opening import connect
 from llama_index_milvus_async_ext._milvus.quiet import log_retry
 from llama_index_milvus_async_ext._milvus.schema import Row, Schema
@@ -36,7 +36,6 @@ from llama_index_milvus_async_ext.retry import Verdict
 
 T = TypeVar("T")
 
-_RELOAD_SECONDS = 5.0
 _SCHEMA_SECONDS = 1.0  # how long a schema is taken to be right although rows are refused by it
 # Lanes of searches that are remembered: filters may differ from search to search, and be long.
 _MOST_SEARCH_LANES, _LONGEST_REMEMBERED = 256, 4_096
@@ -85,7 +84,7 @@ class Endpoint:
         self._write_lanes: dict[tuple[Any, ...], Lane[Any, None]] = {}
         self._search_lanes: dict[tuple[SearchGroup, Limits], Callable[[], Lane[Any, Found]]] = {}
         self._lock = threading.Lock()
-        self._reloaded_at: dict[str, float] = {}
+        self.loading = Loading(self.connection, self.is_lite)
         self._torn: set[str] = set()  # collections of a Milvus Lite whose disk was full
         if settings.is_file:
             IoThread.get().serves_in_process = True
@@ -198,8 +197,8 @@ class Endpoint:
         """What finds, or makes, the lane of a group's searches."""
 
         async def send(queries: list[Any], _upsert: bool, timeout: float) -> list[Found]:
-            with self.reloading(group.collection):
-                return await self.connection.search(group, queries, ranker, timeout)
+            answer = self.connection.search(group, queries, ranker, timeout)
+            return await self.loading.of(group.collection, answer, timeout)
 
         def make() -> Lane[Any, Found]:
             most = limits.queries_per_request(group.limit)
@@ -311,20 +310,6 @@ class Endpoint:
         except MilvusException as failure:
             raise RpcFailure("INTERNAL", f"stored, but a crash may lose it: {failure}") from failure
         self._torn.discard(collection)
-
-    @contextlib.contextmanager
-    def reloading(self, collection: str) -> Iterator[None]:
-        """Have Milvus Lite load a collection that it says is released, as it is after each of its restarts."""
-        try:
-            yield
-        except MilvusException as failure:
-            now = time.monotonic()
-            due = now - self._reloaded_at.get(collection, -_RELOAD_SECONDS) >= _RELOAD_SECONDS
-            if self.is_lite and failure.code == COLLECTION_NOT_LOADED and due:
-                self._reloaded_at[collection] = now
-                task = asyncio.ensure_future(self.connection.ask("load_collection", collection, timeout=30))
-                task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            raise
 
 
 def _new_shell() -> Shell:

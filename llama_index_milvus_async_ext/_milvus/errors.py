@@ -120,6 +120,21 @@ class DeadlineError(MilvusException, TimeoutError):
         return (type(self), (self.message,))
 
 
+class NotLoadedError(MilvusException):
+    """A collection that somebody has released, or that was never loaded: no search and no look-up finds its rows."""
+
+    def __init__(self, collection: str = "") -> None:
+        message = (
+            f"collection {collection!r} is not loaded, and so can't be searched; somebody has released it, or it was "
+            f"made without an index: store.client.load_collection({collection!r})"
+        )
+        super().__init__(code=COLLECTION_NOT_LOADED, message=message)
+        self.collection = collection
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.collection,))
+
+
 class SchemaMismatchError(ValueError):
     """Something does not fit the collection as it was last described: it may fit it as it is now."""
 
@@ -220,6 +235,8 @@ def classify(error: BaseException) -> Verdict:
         return _BY_GRPC_STATUS.get(error.status, Verdict.PERMANENT)
     if isinstance(error, ReplacementError):
         return error.verdict
+    if isinstance(error, NotLoadedError):
+        return Verdict.PERMANENT
     if isinstance(error, SchemaChangedError):
         return Verdict.UNEXPECTED if error.was_executed else Verdict.PERMANENT
     if isinstance(error, (DataNotMatchException, ParamError)):

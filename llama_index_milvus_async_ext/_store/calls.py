@@ -84,7 +84,7 @@ def delete(collection: str, expression: str, partition: str | None, options: dic
             # Milvus Lite takes the rows of other partitions as well (3.2.2): it gets the keys of this one's.
             expressions = await _key_expressions(endpoint, collection, expression, partition, left)
         for each in expressions:
-            await endpoint.connection.in_thread(
+            asked = endpoint.connection.in_thread(
                 deleting.delete,
                 endpoint.connection,
                 collection,
@@ -93,6 +93,7 @@ def delete(collection: str, expression: str, partition: str | None, options: dic
                 partition_name=partition,
                 **{"timeout": left()} | options,
             )
+            await endpoint.loading.of(collection, asked, left())
 
     return run
 
@@ -124,17 +125,16 @@ def query(
     """Look up what matches: these fields of it, or all. The options are pymilvus's, such as `limit`."""
 
     async def run(endpoint: Endpoint, timeout: float) -> list[dict[str, Any]]:
-        with endpoint.reloading(collection):
-            found = await endpoint.connection.ask(
-                "query",
-                collection_name=collection,
-                filter=expression,
-                output_fields=fields,
-                partition_names=partitions,
-                timeout=timeout,
-                **options,
-            )
-        return list(found)
+        asked = endpoint.connection.ask(
+            "query",
+            collection_name=collection,
+            filter=expression,
+            output_fields=fields,
+            partition_names=partitions,
+            timeout=timeout,
+            **options,
+        )
+        return list(await endpoint.loading.of(collection, asked, timeout))
 
     return run
 
@@ -143,8 +143,8 @@ def look_up(collection: str, expression: str, wanted: Wanted, **options: Any) ->
     """Look up what matches, as it is now, in the quickest way. The options are pymilvus's, such as `limit`."""
 
     async def run(endpoint: Endpoint, timeout: float) -> LookedUp:
-        with endpoint.reloading(collection):
-            return await endpoint.connection.look_up(collection, expression, wanted, timeout, options)
+        asked = endpoint.connection.look_up(collection, expression, wanted, timeout, options)
+        return await endpoint.loading.of(collection, asked, timeout)
 
     return run
 

@@ -87,7 +87,9 @@ def make_beside_others(make: Callable[[], None], discard: Callable[[], None]) ->
     tenacity.Retrying(
         stop=tenacity.stop_after_attempt(3),
         wait=tenacity.wait_fixed(0.2),  # until the other one has made its index as well
-        retry=tenacity.retry_if_exception(lambda error: isinstance(error, MilvusException) and "exist" in str(error)),
+        retry=tenacity.retry_if_exception(
+            lambda error: isinstance(error, MilvusException) and "already exist" in str(error)
+        ),
         before_sleep=lambda _: discard(),
         reraise=True,
     )(make)

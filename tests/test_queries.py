@@ -19,6 +19,7 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQuery,
     VectorStoreQueryMode,
 )
+from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext import AsyncMilvusVectorStore
@@ -187,3 +188,17 @@ def test_not_deletes_what_it_finds(store: Any) -> None:
     store.delete_nodes(["x1", "x2"], none_of(a_filter("x", 1)))
     assert [node.node_id for node in store.get_nodes(["x1", "x2"])] == ["x1"]
     store.delete_nodes(["x1"])
+
+
+@pytest.mark.parametrize(("of_store", "of_query", "metadata"), [(["i"], None, {"i": 0}), (None, ["i"], {})])
+def test_metadata_that_is_not_asked_for_does_not_come(
+    backend: Backend, collection_name: str, of_store: Any, of_query: Any, metadata: dict[str, Any]
+) -> None:
+    """Though a server of 2.3 answers with all of it."""
+    for kind in (MilvusVectorStore, AsyncMilvusVectorStore):
+        store = kind(backend.uri, collection_name=collection_name, dim=2, overwrite=True, output_fields=of_store)
+        node = TextNode(id_="n", text="A", embedding=[1.0, 0.0], metadata={"i": 0, "secret": "x"})
+        store.add([node])
+        found = store.query(VectorStoreQuery(query_embedding=[1.0, 0.0], output_fields=of_query))
+        assert found.nodes is not None
+        assert (found.nodes[0].get_content(), found.nodes[0].metadata) == ("A", metadata), kind

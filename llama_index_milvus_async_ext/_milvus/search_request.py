@@ -152,14 +152,17 @@ class Answer:
             if self._read is None:
                 self._read = hits_of_pymilvus(SearchResult(self._results))
             return self._read[place]
-        columns, dynamic = self._columns
+        columns, dynamic, names = self._columns
         start, end = self._ends[place - 1] if place else 0, self._ends[place]
         entities: list[dict[str, Any]] = [{} for _ in range(start, end)]
         for name, column in columns.items():
             for entity, value in zip(entities, column[start:end], strict=True):
                 entity[name] = value
         for entity, fields in zip(entities, dynamic[start:end], strict=False):
-            entity.update(orjson.loads(fields))
+            given = orjson.loads(fields)  # by older servers all of them, whatever was asked for
+            for name in names:
+                if name in given:
+                    entity[name] = given[name]
         return Hits(self._results.ids.str_id.data[start:end], self._results.scores[start:end], entities)
 
 
@@ -183,8 +186,13 @@ def _has(message: Any, name: str) -> bool:
     return any(field.name == name for field, _ in message.ListFields())
 
 
-def _quick_columns(results: Any, wanted: Sequence[str]) -> tuple[dict[str, Sequence[str]], Sequence[bytes]] | None:
-    """The columns of an answer that holds nothing but text and dynamic fields; None for any other."""
+def _quick_columns(
+    results: Any, wanted: Sequence[str]
+) -> tuple[dict[str, Sequence[str]], Sequence[bytes], list[str]] | None:
+    """The columns of an answer that holds nothing but text and dynamic fields, with the names of those that are wanted.
+
+    None for any other.
+    """
     if "*" in wanted or any(_has(results, name) for name in ("element_indices", "highlight_results")):
         return None
     if not results.ids.HasField("str_id") and any(results.topks):
@@ -200,4 +208,4 @@ def _quick_columns(results: Any, wanted: Sequence[str]) -> tuple[dict[str, Seque
             dynamic = column.scalars.json_data.data
         else:
             return None
-    return columns, dynamic
+    return columns, dynamic, [name for name in wanted if name not in columns]

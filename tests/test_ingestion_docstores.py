@@ -17,7 +17,7 @@ from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
 from llama_index.core.storage.kvstore import SimpleKVStore
 from llama_index.vector_stores.milvus import MilvusVectorStore
 
-from llama_index_milvus_async_ext import AsyncMilvusVectorStore
+from llama_index_milvus_async_ext import AsyncMilvusVectorStore, AsyncMilvusWriter
 from llama_index_milvus_async_ext._ingest.docstores import hashes_of
 from llama_index_milvus_async_ext._ingest.duplicates import Duplicates
 from llama_index_milvus_async_ext._ingest.item import Item
@@ -285,6 +285,39 @@ def test_what_was_left_out_is_ingested_as_soon_as_its_original_changes(
     assert held(store) == {"a": ["another"], "b": ["same"]}
     assert counts(run(pipeline, now)) == (0, 0, 3, 0, 0)
     assert held(store) == {"a": ["another"], "b": ["same"]}
+
+
+@both
+def test_of_the_duplicates_of_one_that_fails_one_takes_its_place(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+    failing = {"a"}
+
+    class Refusing(Lines):
+        def __call__(self, nodes: Any, **options: Any) -> Any:
+            if nodes[0].node_id in failing:
+                raise OSError("for now")
+            return super().__call__(nodes, **options)
+
+    steps = [Refusing(), Model(), AsyncMilvusWriter(store)]
+    known = {"docstore": SimpleDocumentStore(), "docstore_strategy": DUPLICATES_ONLY}
+    pipeline = IngestionPipeline(transformations=steps, **known)
+    same = [doc("a", "same"), doc("b", "same"), doc("c", "same")]
+    assert counts(run(pipeline, same, on_failure="collect")) == (1, 0, 1, 0, 1)
+    failing.clear()
+    for _ in range(2):
+        assert counts(run(pipeline, same)) == (0, 0, 3, 0, 0)
+        assert held(store) == {"b": ["same"]}
+
+
+@both
+def test_what_the_docstore_was_not_told_of_is_not_there_twice(store: AsyncMilvusVectorStore, run: Ingest) -> None:
+    """As an interrupted run leaves it."""
+    run(without_duplicates(store, Model()), [doc("b", "same")])
+    anew = without_duplicates(store, Model())
+    for _ in range(2):
+        assert run(anew, [doc("a", "same"), doc("b", "same")]).ok
+        assert held(store) == {"a": ["same"]}
+    assert counts(run(anew, [doc("b", "same"), doc("a", "same")])) == (0, 0, 2, 0, 0)
+    assert held(store) == {"a": ["same"]}
 
 
 @both

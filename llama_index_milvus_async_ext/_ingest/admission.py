@@ -73,7 +73,8 @@ class Admission:
         async for each in self._let_in_again(self._duplicates.lost_by(item), item.document_id):
             yield each
         self._duplicates.come(item)
-        await self._until_left(self._duplicates.original_of(item))
+        while (original := self._duplicates.original_of(item)) in self._open:  # if that fails, there is another one
+            await self._until_left(original)
         self._open[item.document_id] = asyncio.Event()
         yield item
 

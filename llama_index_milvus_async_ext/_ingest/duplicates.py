@@ -89,6 +89,11 @@ class Duplicates:
         for document_id in self._relying.get(item.document_id, {}):
             self._keep_no_longer(document_id, item.document_id)
 
+    def fail(self, item: Item) -> None:
+        """Note that a document is not stored as it came: the next one of its content is the first then."""
+        if self.first.get(item.hash) == item.document_id:
+            del self.first[item.hash]
+
     def orphans(self) -> dict[str, list[str]]:
         """At the end of the stream: those that have relied on what is deleted then, by that."""
         gone = [original for original in self._relying if original not in self.seen]

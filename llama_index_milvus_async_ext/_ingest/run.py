@@ -39,6 +39,8 @@ from llama_index_milvus_async_ext.report import WriteReport
 # Half a request each: four of these are under way at the most, as a node that has been embedded takes 16 kB and more.
 _WRITES_AT_ONCE = 4
 
+_NO_VERSION = ""
+
 
 class Ingestion:
     """A run of a job.
@@ -154,16 +156,21 @@ class Ingestion:
         unchanged: list[Item] = []
         for item in items:
             item.standing = standing(rows.of(item.document_id), item.version)
-            (unchanged if item.standing.is_whole else changed).append(item)
+            # What is stored, and unknown to the docstore, an interrupted run has left: it may be there twice.
+            is_settled = item.standing.is_whole and self._settling.is_recorded(item)
+            (unchanged if is_settled else changed).append(item)
         try:
             await self._mark_duplicates(changed)
         except Exception as error:
             self._fail(changed, "look-up", error)
             changed = []
-        unchanged += [item for item in changed if item.original is not None]
+        for item in changed:
+            if item.original is not None:
+                item.standing = standing(rows.of(item.document_id), _NO_VERSION)
+        unchanged += [item for item in changed if item.original is not None or item.standing.is_whole]
         if unchanged:
             await self._settle(unchanged)
-        return [item for item in changed if item.original is None]
+        return [item for item in changed if item.original is None and not item.standing.is_whole]
 
     async def _mark_duplicates(self, items: list[Item]) -> None:
         """Find those documents that another one stands for: which is there, whole, with the same content."""
@@ -281,6 +288,8 @@ class Ingestion:
     ) -> list[Item]:
         for item in items:
             self._tally.fail(item.document_id, stage, error, report)
+            if stage != "look-up":  # after which it may well be stored
+                self._settling.duplicates.fail(item)
             self._close(item)
         return []
 

@@ -53,6 +53,10 @@ class Settling:
         if self._job.deletes_missing or self._deletes_unrecorded or self.duplicates.is_wanted:
             self._seen.add(document_id)
 
+    def is_recorded(self, item: Item) -> bool:
+        """Whether the docstore knows a document as it is, if that matters: of equal contents, what it knows stays."""
+        return not self.duplicates.is_wanted or self._hashes.get(item.document_id) == item.hash
+
     def take_back(self, document_id: str, original: str) -> Item | None:
         """A document that was left out for the sake of another one, which is lost: it counts no longer.
 

@@ -465,6 +465,25 @@ async def test_a_dropped_store_closes_its_connections(proxy: FaultProxy, collect
     await until(lambda: nothing_is_left_of(proxy))
 
 
+async def test_a_dropped_store_is_closed_once_there_are_threads_again(
+    proxy: FaultProxy, collection_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AsyncMilvusVectorStore(proxy.uri, collection_name=collection_name, dim=DIM)
+    refused: list[threading.Thread] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        refused.append(thread)
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        del store
+        gc.collect()
+        await until(lambda: bool(refused))
+    assert is_counted(proxy.uri, proxy.address)
+    await until(lambda: nothing_is_left_of(proxy))
+
+
 async def test_a_closed_store_keeps_nothing_in_memory(
     proxy: FaultProxy, collection_name: str, make_nodes: MakeNodes
 ) -> None:

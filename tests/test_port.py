@@ -240,6 +240,28 @@ def test_a_loop_that_is_closed_before_its_answer_comes_disturbs_nobody(shell: Sh
     task._log_destroy_pending = False  # type: ignore[attr-defined]
 
 
+def test_a_loop_that_is_closed_after_its_answer_has_come_is_not_kept(shell: Shell) -> None:
+    """While it stood still; and though no other loop comes, of a program that goes on without any."""
+    server = Server(seconds=0.01)
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> None:
+        task = asyncio.ensure_future(LoopPort.current().submit(request(shell, make_lane(server), items(2))))
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        await asyncio.sleep(0)
+
+    loop.run_until_complete(begin())
+    waiting.blocked_until(lambda: bool(server.batches) and shell.core.idle)
+    results_of(
+        begun(request(shell, make_lane(Server(seconds=0.01)), [Item(7)])).wait()
+    )  # after which the others have arrived
+    loop.close()
+    kept = weakref.ref(loop)
+    del loop
+    gc.collect()
+    assert kept() is None
+
+
 def test_a_loop_that_is_closed_before_its_answer_comes_is_not_kept(shell: Shell) -> None:
     lane, loops = make_lane(Server(seconds=0.02)), []
     for _ in range(5):

@@ -76,7 +76,7 @@ class LoopPort:
             with cls._lock:
                 port = cls._ports.get(loop)
                 if port is None or port._io is not IoThread._instance:  # another one after a fork
-                    forget_closed(cls._ports)  # a port may still hold a call, and so its loop
+                    forget_closed(cls._ports)  # a port may still hold a call that was not sent, and so its loop
                     port = cls._ports[loop] = cls(loop, IoThread.get())
                 cls._recent = port
         return port
@@ -91,7 +91,8 @@ class LoopPort:
         self._io = io
         self._thread = threading.current_thread()
         self._outgoing: list[Callable[[], object]] = []
-        self._incoming: deque[_Waiter] = deque()
+        # A call that has its answer belongs to its coroutine alone: to hold it here would be to hold its loop.
+        self._incoming: deque[weakref.ref[_Waiter]] = deque()
         self._woken = False
         io.ports.add(self)
 
@@ -150,7 +151,7 @@ class LoopPort:
 
     def deliver(self, waiter: _Waiter) -> None:
         """Wake a waiter on the caller's loop; from the I/O thread."""
-        self._incoming.append(waiter)
+        self._incoming.append(weakref.ref(waiter))
         if not self._woken:
             # Once all outcomes of this turn are there: a caller that is woken by the first of them would, for each of
             # the others, wait for Python's lock again.
@@ -169,13 +170,15 @@ class LoopPort:
     def _receive(self) -> None:
         self._woken = False
         while self._incoming:
-            self._incoming.popleft().wake()
+            waiter = self._incoming.popleft()()
+            if waiter is not None:
+                waiter.wake()
 
 
 class _Waiter:
     """One call of a `LoopPort`, on its loop."""
 
-    __slots__ = ("_port", "future", "has_arrived", "journey")
+    __slots__ = ("__weakref__", "_port", "future", "has_arrived", "journey")
 
     def __init__(self, port: LoopPort, requests: Sequence[Request]) -> None:
         self._port = port

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
 import threading
 import weakref
@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from llama_index_milvus_async_ext._flow.starting import start
+from llama_index_milvus_async_ext._lane.thread import IoThread
+
+_AGAIN_SECONDS = 1.0
 
 
 class _Closable(Protocol):
@@ -49,6 +52,10 @@ def closed_if_dropped(owner: object, close: Callable[[], None]) -> weakref.final
 
 
 def _close(close: Callable[[], None], pid: int) -> None:
-    if pid == os.getpid():
-        with contextlib.suppress(RuntimeError):  # no thread can be started any more: the process ends
-            start(threading.Thread(target=close, name="milvus-close", daemon=True))
+    if pid != os.getpid():
+        return
+    try:
+        start(threading.Thread(target=close, name="milvus-close", daemon=True))
+    except RuntimeError:  # no thread can be started: for now, or the process ends
+        if (io := IoThread.running()) is not None:
+            io.post(functools.partial(io.loop.call_later, _AGAIN_SECONDS, _close, close, pid))

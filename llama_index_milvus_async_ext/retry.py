@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import tenacity
+from pydantic.json_schema import SkipJsonSchema
 from tenacity import RetryCallState
 
 # The pause after an overload, as a part of `max_backoff_seconds`: the limit has slowed the lane down already. A
@@ -49,8 +50,9 @@ class RetryPolicy:
     initial_backoff_seconds: float = 0.1
     max_backoff_seconds: float = 5.0
     deadline_seconds: float = 120.0
-    stop: Callable[[RetryCallState], bool] | None = None
-    wait: Callable[[RetryCallState], float] | None = None
+    # No JSON says what a function does: a store's schema leaves them out.
+    stop: SkipJsonSchema[Callable[[RetryCallState], bool] | None] = None
+    wait: SkipJsonSchema[Callable[[RetryCallState], float] | None] = None
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import tenacity
 from llama_index.core import VectorStoreIndex
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
@@ -32,7 +34,7 @@ from llama_index.vector_stores.milvus.utils import (
 from pymilvus import DataType
 from pymilvus.grpc_gen import milvus_pb2
 
-from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore, RetryPolicy
+from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy
 from llama_index_milvus_async_ext._milvus.connection import Connection
 from tests.conftest import MakeNodes
 from tests.embedding import HashEmbedding
@@ -554,6 +556,70 @@ def test_a_store_that_is_taken_over_or_copied_keeps_all_its_settings(open_store:
         assert (store.batch_size, store.max_concurrency, store.retry) == (800, 8, RetryPolicy())
     with AsyncMilvusVectorStore.from_vector_store(plain_store, upsert_mode=False) as store:
         assert not store.upsert_mode, "what is asked for counts"
+
+
+def test_numbers_and_flags_may_be_texts_as_they_stand_in_an_environment(open_store: Any) -> None:
+    """The second time as well, when they are compared with what is there; and "false" drops no collection."""
+    arguments: dict[str, Any] = {"dim": "8", "batch_size": "5", "max_concurrency": "3", "max_batch_bytes": "1024"}
+    arguments |= {"max_batch_queries": "7", "rpc_timeout_seconds": "4.5", "upsert_mode": "true", "overwrite": "false"}
+    arguments |= {"use_async_client": "0", "enable_sparse": "no"}
+    for _ in range(2):
+        store = open_store(**arguments)
+        has = {name: getattr(store, name) for name in arguments}
+        expected = {"dim": 8, "batch_size": 5, "max_concurrency": 3, "max_batch_bytes": 1024, "max_batch_queries": 7}
+        expected |= {"rpc_timeout_seconds": 4.5, "upsert_mode": True, "overwrite": False}
+        assert has == expected | {"use_async_client": False, "enable_sparse": False}
+        assert [type(value) for value in has.values()] == [int] * 5 + [float] + [bool] * 4
+        ids = store.add([TextNode(id_="a", text="a", embedding=[0.5] * DIM)])
+        assert [node.node_id for node in store.get_nodes(ids)] == ["a"]
+    with pytest.raises(ValueError, match="has dimension 8, but dim=9 is asked for"):
+        open_store(dim="9")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("dim", "four", "dim must be a whole number, got 'four'"),
+        ("dim", 4.5, "dim must be a whole number, got 4.5"),
+        ("batch_size", "", "batch_size must be a whole number, got ''"),
+        ("max_concurrency", None, "max_concurrency must be a whole number, got None"),
+        ("rpc_timeout_seconds", "soon", "rpc_timeout_seconds must be a number, got 'soon'"),
+        ("max_batch_queries", "0", "max_batch_queries must be positive, got 0"),
+        ("overwrite", "perhaps", "overwrite must be True or False, got 'perhaps'"),
+    ],
+)
+def test_what_is_no_number_and_no_flag_is_named(open_store: Any, name: str, value: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
+        open_store(**{name: value})
+
+
+def test_a_store_is_made_anew_from_its_description(open_store: Any, proxy: FaultProxy) -> None:
+    policy = RetryPolicy(max_attempts=7, stop=tenacity.stop_after_delay(60))
+    store = open_store(retry=policy, max_concurrency=3, token="root:s3cret")
+    described = store.to_dict()
+    assert "s3cret" not in str(described)
+    for make in (AsyncMilvusVectorStore.from_dict, lambda described: AsyncMilvusVectorStore(**described)):
+        with make(described) as again:
+            assert (again.retry, again.max_concurrency, again.dim) == (policy, 3, DIM)
+            assert again._settings.options == open_store()._settings.options, "nothing else went to the connection"
+            again.add([TextNode(id_="a", text="a", embedding=[0.5] * DIM)])
+            assert again.query(VectorStoreQuery(query_embedding=[0.5] * DIM)).ids == ["a"]
+            assert [node.node_id for node in again.get_nodes(["a"])] == ["a"]
+            again.delete("none")
+    with pytest.raises(TypeError, match="retry must be a RetryPolicy, got int"):
+        open_store(retry=5)
+    with pytest.raises(TypeError, match="retry is a dict with 'attempts', which is no setting of a RetryPolicy"):
+        open_store(retry={"attempts": 5})
+    with pytest.raises(ValueError, match="retry is no RetryPolicy's dict: .*max_attempts must be at least 1"):
+        open_store(retry={"max_attempts": 0})
+    with pytest.raises(ValueError, match="retry is no RetryPolicy's dict of 'max_attempts': .* valid integer"):
+        open_store(retry={"max_attempts": "many"})
+    assert open_store(retry={"max_attempts": "5"}).retry == RetryPolicy(max_attempts=5)
+
+
+@pytest.mark.parametrize("kind", [MilvusVectorStore, AsyncMilvusVectorStore, AsyncMilvusWriter])
+def test_a_class_describes_its_fields_as_a_json_schema(kind: Any) -> None:
+    assert set(kind.model_fields) <= set(kind.model_json_schema()["properties"])
 
 
 # --- the limits of a request

@@ -28,6 +28,7 @@ from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from llama_index_milvus_async_ext._milvus.use import Use, closed_if_dropped
 from llama_index_milvus_async_ext._store import making, tracing
+from llama_index_milvus_async_ext._store.arguments import as_fields, limits_of, without_fields
 from llama_index_milvus_async_ext._store.existing import construct, existing, make_beside_others, needs_nothing
 from llama_index_milvus_async_ext._store.opening import Known, arguments_of, check_hooks, fitted
 from llama_index_milvus_async_ext._store.statistics import StoreStatistics
@@ -100,18 +101,17 @@ class OpenStore(MilvusVectorStore):
         served_at: str | None = None,
         **kwargs: Any,
     ) -> None:
-        own = {
-            "max_concurrency": max_concurrency,
-            "batch_size": batch_size,
-            "max_batch_bytes": max_batch_bytes,
-            "max_batch_queries": max_batch_queries,
-            "rpc_timeout_seconds": rpc_timeout_seconds,
-        }
         check_hooks(type(self))
-        for name, value in own.items():
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        arguments: dict[str, Any] = dict(
+        limits = limits_of(
+            OpenStore,
+            retry,
+            max_concurrency=max_concurrency,
+            batch_size=batch_size,
+            max_batch_bytes=max_batch_bytes,
+            max_batch_queries=max_batch_queries,
+            rpc_timeout_seconds=rpc_timeout_seconds,
+        )
+        given: dict[str, Any] = dict(
             collection_name=collection_name,
             overwrite=overwrite,
             upsert_mode=upsert_mode,
@@ -127,7 +127,7 @@ class OpenStore(MilvusVectorStore):
             sparse_embedding_field=sparse_embedding_field,
             sparse_embedding_function=sparse_embedding_function,
             index_management=index_management,
-            batch_size=batch_size,
+            batch_size=limits.batch_size,
             index_config=index_config,
             sparse_index_config=sparse_index_config,
             search_config=search_config,
@@ -137,23 +137,22 @@ class OpenStore(MilvusVectorStore):
             hybrid_ranker=hybrid_ranker,
             hybrid_ranker_params=hybrid_ranker_params or {},
         )
-        wanted = making.Wanted.of(partition_key_field, schema, rpc_timeout_seconds)
+        arguments = as_fields(OpenStore, given)
+        own = limits._asdict() | as_fields(OpenStore, {"overwrite": overwrite, "use_async_client": use_async_client})
+        wanted = making.Wanted.of(partition_key_field, schema, limits.rpc_timeout_seconds)
         filterable = making.filterable_of(filterable_metadata)
         making.check_arguments(arguments, wanted)
-        settings = ConnectionSettings(uri, token, kwargs, served_at)
+        settings = ConnectionSettings(uri, token, without_fields(OpenStore, kwargs), served_at)
         # Not in the main thread, where a Ctrl-C could leave one of gRPC's own locks locked for ever.
         opening = functools.partial(self._opened, settings, arguments, wanted)
         use = uninterrupted("milvus-open", opening, self._undo)
         for name, value in own.items():
             setattr(self, name, value)
         self.uri = settings.uri
-        self.overwrite = overwrite
-        self.retry = retry or RetryPolicy()
         self.partition_key_field = partition_key_field
         self.filterable_metadata = filterable
         self._schema = making.described(wanted.schema) if wanted.schema is not None else None
         self._settings = settings
-        self.use_async_client = use_async_client
         self._connected = Connected(use, settings, self._made_by_upstream())
         closed_if_dropped(self, self._connected.close)
 

@@ -92,7 +92,7 @@ class AsyncMilvusRetriever(BaseRetriever):
         self._doc_ids = doc_ids
         self._sparse_top_k = sparse_top_k
         self._hybrid_top_k = hybrid_top_k
-        self._kwargs: dict[str, Any] = dict(kwargs.get("vector_store_kwargs", {}))
+        self._kwargs: dict[str, Any] = dict(kwargs.get("vector_store_kwargs") or {})
         if milvus_partition_names is not None:
             self._kwargs["milvus_partition_names"] = milvus_partition_names
         super().__init__(callback_manager=callback_manager, object_map=object_map, verbose=verbose)

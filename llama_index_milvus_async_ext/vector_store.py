@@ -133,7 +133,8 @@ class AsyncMilvusVectorStore(OpenStore):
         Args:
             query: The query; modes default, sparse, text_search, hybrid and mmr.
             **kwargs: As upstream's: `milvus_search_config`, `milvus_partition_names`, `milvus_scalar_filters`,
-                `string_expr`, `mmr_threshold`, `mmr_prefetch_factor`, `mmr_prefetch_k`.
+                `string_expr` (ignored, with a warning, beside filters or ids), `mmr_threshold`, `mmr_prefetch_factor`,
+                `mmr_prefetch_k`.
 
         Raises:
             ValueError: The query lacks what its mode needs, filters by what is not `filterable_metadata`, or names a

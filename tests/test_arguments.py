@@ -35,6 +35,7 @@ from pymilvus import DataType
 from pymilvus.grpc_gen import milvus_pb2
 
 from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy
+from llama_index_milvus_async_ext._milvus import deleting
 from llama_index_milvus_async_ext._milvus.connection import Connection
 from tests.conftest import MakeNodes
 from tests.embedding import HashEmbedding
@@ -271,6 +272,21 @@ SEARCHED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "string_expr, which filters replace": ({}, {"filters": LOW}, {"string_expr": "number < 4"}),
     "string_expr, MMR": ({}, {"mode": MMR}, {"string_expr": "number < 4"}),
     "string_expr, hybrid": (with_bm25(), {"mode": HYBRID}, {"string_expr": "number < 4"}),
+    "None": (
+        HNSW | {"search_config": {"params": {"ef": 33}}},
+        {"filters": MetadataFilters(filters=[])},
+        dict.fromkeys(
+            ("string_expr", "milvus_search_config", "milvus_partition_names", "milvus_scalar_filters", "mmr_threshold")
+        ),
+    ),
+    "None, MMR": (
+        {},
+        {"mode": MMR},
+        dict.fromkeys(
+            ("string_expr", "milvus_search_config", "milvus_partition_names", "mmr_threshold", "mmr_prefetch_k")
+        ),
+    ),
+    "None, hybrid": (with_bm25(), {"mode": HYBRID}, dict.fromkeys(("string_expr", "milvus_partition_names"))),
     "mmr_threshold": ({}, {"mode": MMR}, {"mmr_threshold": 0.2}),
     "mmr_prefetch_factor": ({}, {"mode": MMR}, {"mmr_prefetch_factor": 2.5}),
     "mmr_prefetch_k": ({}, {"mode": MMR}, {"mmr_prefetch_k": 11}),
@@ -360,6 +376,30 @@ async def test_a_search_is_sent_as_upstream_sends_it(
         assert {node.node_id for node in answer.nodes} == {node.node_id for node in reference.nodes}
 
 
+@pytest.mark.parametrize("asked", [{"filters": LOW}, {"doc_ids": ["d"]}, {"node_ids": ["a"]}], ids=str)
+async def test_an_expression_that_is_ignored_is_told_of_as_upstream_tells(
+    open_store: Any, caplog: pytest.LogCaptureFixture, asked: dict[str, Any]
+) -> None:
+    """It may be a tenant's."""
+    said = "string_expr in vector_store_kwargs is ignored because filters are provided"
+    query = VectorStoreQuery(query_embedding=[0.5] * DIM, **asked)
+    for kind in KINDS:
+        store = open_store(kind)
+        caplog.clear()
+        store.query(query, string_expr="number < 4")
+        assert [said in message for message in caplog.messages].count(True) == 1
+    caplog.clear()
+    await store.aquery_many([query, VectorStoreQuery(query_embedding=[0.5] * DIM)], string_expr=None)
+    await store.aquery(VectorStoreQuery(query_embedding=[0.5] * DIM), string_expr="number < 4")
+    assert said not in caplog.text
+    await store.aquery(query, string_expr="number < 4")
+    (told,) = [each for each in caplog.records if said in each.message]
+    assert told.levelname == "WARNING" and told.name.startswith("llama_index_milvus_async_ext.")
+    assert "number < 4" not in told.message, "it may hold what is secret"
+    with pytest.raises(ValueError, match="string_expr must be a text, or None for none, got 4"):
+        await store.aquery(query, string_expr=4)
+
+
 @pytest.mark.usefixtures("way_to_milvus")
 def test_a_partition_is_found_by_its_name_alone(open_store: Any, make_nodes: MakeNodes) -> None:
     store, nodes = open_store(), make_nodes(6)
@@ -401,6 +441,17 @@ async def test_a_delete_passes_its_other_options_on_as_upstreams_does(
     await store.adelete_nodes([nodes[1].node_id], consistency_level="Bounded", timeout=20.0)
     assert [request.consistency_level for request in asked] == [2, 2]
     assert store.get_nodes([node.node_id for node in nodes]) == []
+
+
+def test_an_option_of_none_leaves_a_delete_its_bound_in_time(open_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, waited = open_store(rpc_timeout_seconds=5.0), []
+
+    def noted(connection: Any, collection: str, *, timeout: Any, **_: Any) -> None:
+        waited.append(timeout)
+
+    monkeypatch.setattr(deleting, "delete", noted)
+    store.delete("d", timeout=None)
+    assert 0 < waited[0] <= 5
 
 
 def test_another_column_for_the_documents_id_is_written_searched_and_deleted_by(
@@ -606,13 +657,13 @@ def test_a_store_is_made_anew_from_its_description(open_store: Any, proxy: Fault
             assert again.query(VectorStoreQuery(query_embedding=[0.5] * DIM)).ids == ["a"]
             assert [node.node_id for node in again.get_nodes(["a"])] == ["a"]
             again.delete("none")
-    with pytest.raises(TypeError, match="retry must be a RetryPolicy, got int"):
+    with pytest.raises(TypeError, match=r"retry must be a RetryPolicy, got int"):
         open_store(retry=5)
-    with pytest.raises(TypeError, match="retry is a dict with 'attempts', which is no setting of a RetryPolicy"):
+    with pytest.raises(TypeError, match=r"retry is a dict with 'attempts', which is no setting of a RetryPolicy"):
         open_store(retry={"attempts": 5})
-    with pytest.raises(ValueError, match="retry is no RetryPolicy's dict: .*max_attempts must be at least 1"):
+    with pytest.raises(ValueError, match=r"retry is no RetryPolicy's dict: .*max_attempts must be at least 1"):
         open_store(retry={"max_attempts": 0})
-    with pytest.raises(ValueError, match="retry is no RetryPolicy's dict of 'max_attempts': .* valid integer"):
+    with pytest.raises(ValueError, match=r"retry is no RetryPolicy's dict of 'max_attempts': .* valid integer"):
         open_store(retry={"max_attempts": "many"})
     assert open_store(retry={"max_attempts": "5"}).retry == RetryPolicy(max_attempts=5)
 
@@ -712,6 +763,8 @@ async def test_a_retriever_asks_what_upstreams_asks(open_store: Any) -> None:
         expected, *asked = store._asked
         assert asked == [expected] * 3
         store._asked.clear()
+    AsyncMilvusRetriever(store, embed_model=model, vector_store_kwargs=None).retrieve("a question")
+    store._asked.clear()
     ours.similarity_top_k = 6
     ours.retrieve("a question")
     assert store._asked[0][0].similarity_top_k == ours.similarity_top_k == 6

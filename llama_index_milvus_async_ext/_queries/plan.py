@@ -104,7 +104,7 @@ def plan_search(
         collection=store.collection_name,
         field_name=field_name,
         limit=limit,
-        expression=expression or options.get("string_expr", ""),
+        expression=expression or options.get("string_expr") or "",
         output_fields=outputs,
         search_params=orjson.dumps(search_params),
         partitions=tuple(partitions) if partitions is not None else None,

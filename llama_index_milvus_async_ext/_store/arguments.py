@@ -46,7 +46,7 @@ def _as_field(name: str, annotation: Any, value: Any) -> Any:
 
 
 def without_fields(model: type[BaseModel], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a connection, without what else stands in a store's `to_dict` and is no argument of its constructor."""
+    """Options of a connection, without what stands in a store's `to_dict` and is no argument of its constructor."""
     return {name: value for name, value in options.items() if name not in {*model.model_fields, "class_name"}}
 
 

@@ -103,7 +103,12 @@ async def _delete(
     options: dict[str, Any],
 ) -> None:
     partition = partition_of(options)
-    others = {name: value for name, value in options.items() if not name.startswith("milvus_partition_name")}
+    # None is no option, as for pymilvus: a time-out of None would be none at all.
+    others = {
+        name: value
+        for name, value in options.items()
+        if value is not None and not name.startswith("milvus_partition_name")
+    }
     await check_partition(store, connected, port, partition)
     for expression in expressions:
         delete = calls.delete(store.collection_name, expression, partition, others)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryResult
 
 from llama_index_milvus_async_ext._lane.port import Port
 from llama_index_milvus_async_ext._milvus.errors import QueryError, QueryMismatchError
+from llama_index_milvus_async_ext._milvus.literals import shown
 from llama_index_milvus_async_ext._milvus.schema import Schema
 from llama_index_milvus_async_ext._milvus.search_request import SearchGroup
 from llama_index_milvus_async_ext._milvus.session import Connected
@@ -21,6 +24,8 @@ from llama_index_milvus_async_ext._store.partitions import check_partitions, par
 if TYPE_CHECKING:
     from llama_index_milvus_async_ext._store.open_store import OpenStore
 
+logger = logging.getLogger(__name__)
+
 
 async def search(
     store: OpenStore,
@@ -30,6 +35,9 @@ async def search(
     options: dict[str, Any],
 ) -> list[VectorStoreQueryResult]:
     """Answer queries, in as few requests as their settings allow; one result per query, in their order."""
+    string_expr = options.get("string_expr")
+    if not isinstance(string_expr, (str, NoneType)):
+        raise QueryError(f"string_expr must be a text, or None for none, got {shown(string_expr)}")
     partitions = partitions_of(options)
     if partitions is not None:
         options = options | {"milvus_partition_names": partitions}
@@ -48,6 +56,7 @@ async def search(
         if now is schema:
             raise
         plans = _plans(store, connected, now, queries, vectors, options)
+    _warn_of_ignored(string_expr, plans)
     groups: dict[SearchGroup, list[int]] = {}
     for place, plan in enumerate(plans):
         groups.setdefault(plan.group, []).append(place)
@@ -75,6 +84,15 @@ def _texts(store: OpenStore, queries: Sequence[VectorStoreQuery]) -> dict[int, s
                 raise QueryError(f"a query in mode {mode_name(query)!r} needs query_str")
             texts[place] = query.query_str
     return texts
+
+
+def _warn_of_ignored(string_expr: str | None, plans: Sequence[SearchPlan]) -> None:
+    """Say, as upstream does, that an expression of the user's is not what restricts the rows: it may be a tenant's."""
+    if string_expr and any(plan.group.expression != string_expr for plan in plans):
+        logger.warning(
+            "string_expr in vector_store_kwargs is ignored because filters are provided (or doc_ids, or node_ids): "
+            "give all of it as filters, or all of it in string_expr"
+        )
 
 
 def _plans(

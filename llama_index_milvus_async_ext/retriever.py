@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -25,6 +25,7 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
 from llama_index_milvus_async_ext._queries import questions
+from llama_index_milvus_async_ext._queries.ids import listed
 from llama_index_milvus_async_ext.vector_store import AsyncMilvusVectorStore
 
 T = TypeVar("T")
@@ -48,8 +49,8 @@ class AsyncMilvusRetriever(BaseRetriever):
         vector_store_query_mode: "default", "sparse", "text_search", "hybrid" or "mmr".
         filters: Metadata filters that nodes must meet.
         alpha, sparse_top_k, hybrid_top_k: Passed on in the query, as `VectorIndexRetriever` does.
-        node_ids: Ids of the only nodes to look at.
-        doc_ids: Ids of the only documents to look at.
+        node_ids: Ids of the only nodes to look at, in any iterable.
+        doc_ids: Ids of the only documents to look at, in any iterable.
         milvus_partition_names: The only partitions to look in, by the name of the option that `store.query` has. They
             must be there.
         callback_manager, object_map, verbose: As `BaseRetriever`'s.
@@ -67,8 +68,8 @@ class AsyncMilvusRetriever(BaseRetriever):
         vector_store_query_mode: VectorStoreQueryMode | str = VectorStoreQueryMode.DEFAULT,
         filters: MetadataFilters | None = None,
         alpha: float | None = None,
-        node_ids: list[str] | None = None,
-        doc_ids: list[str] | None = None,
+        node_ids: Iterable[str] | None = None,
+        doc_ids: Iterable[str] | None = None,
         sparse_top_k: int | None = None,
         hybrid_top_k: int | None = None,
         callback_manager: CallbackManager | None = None,
@@ -88,8 +89,8 @@ class AsyncMilvusRetriever(BaseRetriever):
         self._vector_store_query_mode = VectorStoreQueryMode(vector_store_query_mode)
         self._filters = filters
         self._alpha = alpha
-        self._node_ids = node_ids
-        self._doc_ids = doc_ids
+        self._node_ids = listed("node_ids", node_ids) if node_ids is not None else None
+        self._doc_ids = listed("doc_ids", doc_ids) if doc_ids is not None else None
         self._sparse_top_k = sparse_top_k
         self._hybrid_top_k = hybrid_top_k
         self._kwargs: dict[str, Any] = dict(kwargs.get("vector_store_kwargs") or {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from typing import Any
 
 from llama_index.core.schema import BaseNode
@@ -164,57 +164,62 @@ class AsyncMilvusVectorStore(OpenStore):
 
     # --- deletes and look-ups
 
-    async def adelete(self, ref_doc_id: str | list[str], **delete_kwargs: Any) -> None:
+    async def adelete(self, ref_doc_id: str | Iterable[str], **delete_kwargs: Any) -> None:
         """Delete all nodes of a document, or of each of several; an empty list deletes nothing.
 
         Args:
-            ref_doc_id: Id, or ids, of documents.
+            ref_doc_id: Id, or any iterable of ids, of documents.
             **delete_kwargs: `milvus_partition_name` (str), the partition to delete from.
+
+        Raises:
+            TypeError: `ref_doc_id` is neither a text nor an iterable.
         """
         await self.in_call(LoopPort.current(), lookups.delete_documents, ref_doc_id, delete_kwargs)
 
-    def delete(self, ref_doc_id: str | list[str], **delete_kwargs: Any) -> None:
+    def delete(self, ref_doc_id: str | Iterable[str], **delete_kwargs: Any) -> None:
         """As `adelete`, blocking."""
         run(self.in_call(ThreadPort(), lookups.delete_documents, ref_doc_id, delete_kwargs))
 
     async def adelete_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
+        self, node_ids: Iterable[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
     ) -> None:
         """Delete the nodes of these ids, or that match these filters; given both, those that meet both.
 
         Args:
-            node_ids: Ids of nodes; an empty list deletes nothing.
+            node_ids: Ids of nodes, in any iterable; an empty one deletes nothing.
             filters: Metadata filters.
             **delete_kwargs: `milvus_partition_name` (str), the partition to delete from.
 
         Raises:
             ValueError: Neither is given: to delete everything, use `aclear`.
+            TypeError: `node_ids` is a single text, or no iterable.
         """
         await self.in_call(LoopPort.current(), lookups.delete_nodes, node_ids, filters, delete_kwargs)
 
     def delete_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
+        self, node_ids: Iterable[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
     ) -> None:
         """As `adelete_nodes`, blocking."""
         run(self.in_call(ThreadPort(), lookups.delete_nodes, node_ids, filters, delete_kwargs))
 
     async def aget_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **kwargs: Any
+        self, node_ids: Iterable[str] | None = None, filters: MetadataFilters | None = None, **kwargs: Any
     ) -> list[BaseNode]:
         """Get nodes, embeddings included, by their ids or by metadata filters.
 
         Args:
-            node_ids: Ids of nodes; those that are not stored are left out.
+            node_ids: Ids of nodes, in any iterable; those that are not stored are left out.
             filters: Metadata filters.
             **kwargs: `milvus_partition_names` (list[str]), the partitions to look in.
 
         Raises:
             ValueError: Neither or both are given.
+            TypeError: `node_ids` is a single text, or no iterable.
         """
         return await self.in_call(LoopPort.current(), lookups.get_nodes, node_ids, filters, kwargs)
 
     def get_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **kwargs: Any
+        self, node_ids: Iterable[str] | None = None, filters: MetadataFilters | None = None, **kwargs: Any
     ) -> list[BaseNode]:
         """As `aget_nodes`, blocking."""
         return run(self.in_call(ThreadPort(), lookups.get_nodes, node_ids, filters, kwargs))

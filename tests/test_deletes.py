@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from llama_index.core import MockEmbedding
 from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores.types import FilterCondition, MetadataFilter, MetadataFilters, VectorStoreQuery
 
-from llama_index_milvus_async_ext import AsyncMilvusVectorStore
+from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore
 from tests.conftest import Backend, MakeNodes
 
 DIM = 8
@@ -126,6 +127,68 @@ def test_to_delete_what_nothing_restricts_is_refused(
     with pytest.raises(ValueError, match=r"must be given|restrict nothing"):
         delete_nodes(filters=filters)
     delete([])
+    assert left_of(store, nodes) == {*range(30)}
+
+
+FORMS: dict[str, Callable[[list[str]], Any]] = {
+    "set": set,
+    "frozenset": frozenset,
+    "tuple": tuple,
+    "keys": lambda ids: dict.fromkeys(ids).keys(),
+    "dict": dict.fromkeys,
+    "generator": lambda ids: (each for each in ids),
+    "map": lambda ids: map(str, ids),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+async def test_ids_come_in_any_iterable(
+    store: AsyncMilvusVectorStore, nodes: list[TextNode], form: Callable[[list[str]], Any]
+) -> None:
+    fill = [f"not there {number}" for number in range(1_000)]  # as many as a request names
+    ids, documents = [node.node_id for node in nodes], [str(node.ref_doc_id) for node in nodes]
+    for found in (store.get_nodes(form([*ids[:3], *fill])), await store.aget_nodes(form([*ids[:3], *fill]))):
+        assert {node.node_id for node in found} == {*ids[:3]}
+    there = {*range(30)}
+    store.delete_nodes(form(ids[:2]))
+    await asyncio.to_thread(store.delete_nodes, form(ids[2:6]), groups("g2", "g3"))
+    await store.adelete_nodes(form([*fill, *ids[7:9]]))
+    there -= {0, 1, 2, 3, 7, 8}
+    assert left_of(store, nodes) == there
+    store.delete(form(documents[10:11]))
+    await store.adelete(form([*fill, documents[20]]))
+    assert left_of(store, nodes) == there - {*range(10, 30)}
+    retriever = AsyncMilvusRetriever(store, MockEmbedding(DIM), 50, node_ids=form(ids[4:6]))
+    by_document = AsyncMilvusRetriever(store, MockEmbedding(DIM), 50, doc_ids=form(documents[:1]))
+    for _ in range(2):  # a generator is read once, and holds for every question
+        assert {each.node_id for each in retriever.retrieve("?")} == {*ids[4:6]}
+        assert {each.node_id for each in await by_document.aretrieve("?")} == {ids[4], ids[5], ids[6], ids[9]}
+    for nothing in (store.delete, store.delete_nodes, store.get_nodes):
+        assert not nothing(form([]))
+    assert left_of(store, nodes) == there - {*range(10, 30)}
+
+
+async def test_what_is_no_ids_is_named(store: AsyncMilvusVectorStore, nodes: list[TextNode]) -> None:
+    for wrong in (None, 3, b"d", nodes[0]):
+        says = "ref_doc_id must be a list of ids, or another iterable of them, got"
+        with pytest.raises(TypeError, match=says):
+            store.delete(wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=says):
+            await store.adelete(wrong)  # type: ignore[arg-type]
+    for call in (store.get_nodes, store.delete_nodes):
+        for wrong in (3, "n1", "", nodes[0], groups("g1")):
+            with pytest.raises(TypeError, match="node_ids must be a list of ids, or another iterable of them, got"):
+                call(wrong)  # type: ignore[arg-type]
+    for wrong in ([None], [3], {None}):
+        with pytest.raises(ValueError, match="is no id"):
+            store.delete(wrong)  # type: ignore[arg-type]
+    for name in ("node_ids", "doc_ids"):
+        with pytest.raises(TypeError, match=f"{name} must be a list of ids"):
+            AsyncMilvusRetriever(store, MockEmbedding(DIM), **{name: ""})  # type: ignore[arg-type]
+        # Read once, it would restrict nothing when the query is asked again.
+        query = VectorStoreQuery(query_embedding=[0.5] * DIM, **{name: iter(["a"])})  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="ids must be a list of strings, not the iterator"):
+            await store.aquery(query)
     assert left_of(store, nodes) == {*range(30)}
 
 

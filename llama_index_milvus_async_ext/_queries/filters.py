@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import index
 from typing import Any
 
@@ -74,10 +74,12 @@ def keys_expression(key: PrimaryKey, ids: Sequence[Any]) -> str:
     Raises:
         QueryMismatchError: An id can't be one of this key.
         QueryError: As `ids_expression`.
-        TypeError: `ids` is a single string, which would be taken for its letters.
+        TypeError: `ids` is a single string, which would be taken for its letters, or an iterator, which would be empty
+            when it is asked again: and no ids, at the end of this, would be all rows.
     """
-    if isinstance(ids, str):
-        raise TypeError(f"ids must be a list of strings, not the string {shown(ids)}")
+    if isinstance(ids, (str, Iterator)):
+        what = "string" if isinstance(ids, str) else "iterator"
+        raise TypeError(f"ids must be a list of strings, not the {what} {shown(ids)}")
     if not ids:
         raise QueryError("no ids to match")
     name, literals = _key_expression(key.name), [_key_literal(key, each) for each in ids]

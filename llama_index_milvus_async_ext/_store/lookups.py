@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.schema import BaseNode
@@ -14,6 +14,7 @@ from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._nodes.stored import stored_node
 from llama_index_milvus_async_ext._queries.filterable import check_filterable
 from llama_index_milvus_async_ext._queries.filters import filter_expression, ids_expression, keys_expression
+from llama_index_milvus_async_ext._queries.ids import listed
 from llama_index_milvus_async_ext._store import calls
 from llama_index_milvus_async_ext._store.iterating import rows
 from llama_index_milvus_async_ext._store.paging import Cursor
@@ -35,11 +36,11 @@ async def delete_documents(
     store: OpenStore,
     connected: Connected,
     port: Port,
-    ref_doc_id: str | list[str],
+    ref_doc_id: str | Iterable[str],
     options: dict[str, Any],
 ) -> None:
     """Delete all nodes of documents."""
-    ids = [ref_doc_id] if isinstance(ref_doc_id, str) else ref_doc_id
+    ids = [ref_doc_id] if isinstance(ref_doc_id, str) else listed("ref_doc_id", ref_doc_id)
     await _delete(
         store, connected, port, [ids_expression(store.doc_id_field, some) for some in calls.slices(ids)], options
     )
@@ -49,7 +50,7 @@ async def delete_nodes(
     store: OpenStore,
     connected: Connected,
     port: Port,
-    node_ids: list[str] | None,
+    node_ids: Iterable[str] | None,
     filters: MetadataFilters | None,
     options: dict[str, Any],
 ) -> None:
@@ -62,7 +63,7 @@ async def get_nodes(
     store: OpenStore,
     connected: Connected,
     port: Port,
-    node_ids: list[str] | None,
+    node_ids: Iterable[str] | None,
     filters: MetadataFilters | None,
     options: dict[str, Any],
 ) -> list[BaseNode]:
@@ -119,25 +120,26 @@ async def _expressions(
     store: OpenStore,
     connected: Connected,
     port: Port,
-    node_ids: list[str] | None,
+    node_ids: Iterable[str] | None,
     filters: MetadataFilters | None,
 ) -> tuple[list[str], str]:
     """Filter expressions that together name the nodes, each short enough for a request; and the key's name."""
+    ids = listed("node_ids", node_ids) if node_ids is not None else None
     matching = filter_expression(filters, is_lite=connected.endpoint.is_lite)
-    if node_ids is None:
+    if ids is None:
         if filters is None:
             raise QueryError("either node_ids or filters must be given")
         if not matching:
             raise QueryError("the filters restrict nothing, and would name every node")
     schema = await calls.schema(store, connected, port)
     check_filterable(store, schema, filters)
-    if node_ids is None:
+    if ids is None:
         return [matching], schema.primary_key.name
     try:
-        expressions = [keys_expression(schema.primary_key, some) for some in calls.slices(node_ids)]
+        expressions = [keys_expression(schema.primary_key, some) for some in calls.slices(ids)]
     except QueryMismatchError:
         now = await calls.schema_again(store, connected, port, schema)
-        expressions = [keys_expression(now.primary_key, some) for some in calls.slices(node_ids)]
+        expressions = [keys_expression(now.primary_key, some) for some in calls.slices(ids)]
         schema = now
     named = [f"{each} and ({matching})" if matching else each for each in expressions]
     return named, schema.primary_key.name

@@ -5,6 +5,7 @@ Seen by the fault proxy, which looks on. Where the two differ on purpose, the di
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -18,7 +19,7 @@ from llama_index.core import VectorStoreIndex
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
 from llama_index.core.retrievers import VectorIndexRetriever
-from llama_index.core.schema import IndexNode, TextNode
+from llama_index.core.schema import IndexNode, NodeWithScore, TextNode
 from llama_index.core.vector_stores.types import (
     FilterOperator,
     MetadataFilter,
@@ -31,7 +32,7 @@ from llama_index.vector_stores.milvus.utils import (
     BaseSparseEmbeddingFunction,
     BM25BuiltInFunction,
 )
-from pymilvus import DataType
+from pymilvus import DataType, MilvusException
 from pymilvus.grpc_gen import milvus_pb2
 
 from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy
@@ -241,6 +242,47 @@ async def test_force_flush_seals_what_was_written(
         kinds = [type(request).__name__ for request in asked]
         assert kinds == ["UpsertRequest", "FlushRequest"][: 1 + bool(option.get("force_flush"))], number
         assert all(list(request.collection_names) == [store.collection_name] for request in asked[1:])
+
+
+COLUMNS = (
+    DataType.BOOL,
+    DataType.INT8,
+    DataType.INT16,
+    DataType.INT32,
+    DataType.INT64,
+    DataType.FLOAT,
+    DataType.DOUBLE,
+)
+
+
+@pytest.mark.parametrize("kind", COLUMNS, ids=lambda kind: kind.name)
+def test_truth_and_numbers_are_told_apart_as_the_plain_store_tells_them(open_store: Any, kind: DataType) -> None:
+    of_class = []
+    for each in KINDS:
+        store = open_store(each, overwrite=True, scalar_field_names=["value"], scalar_field_types=[kind])
+        taken = set()
+        for number, value in enumerate((True, False, 1, 0, 0.5, "1")):
+            node = TextNode(id_=f"n{number}", text="x", embedding=[0.5] * DIM, metadata={"value": value})
+            with contextlib.suppress(MilvusException):
+                taken |= {*store.add([node])}
+        rows = store.client.query(
+            store.collection_name, filter="id != ''", output_fields=["value"], consistency_level="Strong"
+        )
+        assert {row["id"] for row in rows} == taken
+        of_class.append({row["id"]: repr(row["value"]) for row in rows})
+    theirs, ours = of_class
+    assert ours == theirs and len(ours) >= 2
+
+
+def test_a_hit_of_a_search_is_told_from_a_node(open_store: Any) -> None:
+    store = open_store()
+    for embedding in ([0.5] * DIM, [0.5] * (DIM - 1), None):
+        hit = NodeWithScore(node=TextNode(id_="n1", text="x", embedding=embedding), score=0.5)
+        report = store.write([hit, TextNode(id_="other", text="x", embedding=[0.5] * DIM)])
+        assert report.written == ["other"]
+        (failed,) = report.failed
+        says = "node 'n1' can't be stored: it is a NodeWithScore, the hit of a search, and no node; pass its .node"
+        assert str(failed.error) == says and not failed.retryable
 
 
 # --- searching

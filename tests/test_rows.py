@@ -418,9 +418,9 @@ INTEGERS = {DataType.INT8: 7, DataType.INT16: 15, DataType.INT32: 31, DataType.I
 MOST_FLOAT = float(np.finfo(np.float32).max)
 TAKEN: dict[DataType, list[Any]] = {
     **{kind: [2**bits - 1, -(2**bits), 0] for kind, bits in INTEGERS.items()},
-    DataType.BOOL: [True, False],
-    DataType.FLOAT: [MOST_FLOAT, -MOST_FLOAT, 0.5, 7, 2**63],
-    DataType.DOUBLE: [1e308, -1e308, 0.5, 7, 2**63],
+    DataType.BOOL: [True, False, 1, 0],
+    DataType.FLOAT: [MOST_FLOAT, -MOST_FLOAT, 0.5, 7, 2**63, True, False],
+    DataType.DOUBLE: [1e308, -1e308, 0.5, 7, 2**63, True, False],
     DataType.VARCHAR: ["", "é" * 4, "x" * 9],
 }
 REFUSED: dict[DataType, list[tuple[Any, str]]] = {
@@ -428,9 +428,9 @@ REFUSED: dict[DataType, list[tuple[Any, str]]] = {
         kind: [(2**bits, "too large"), (-(2**bits) - 1, "too large"), (1.0, "float"), (True, "bool"), ("1", "str")]
         for kind, bits in INTEGERS.items()
     },
-    DataType.BOOL: [(1, "int"), (0, "int"), (1.0, "float"), ("true", "str")],
-    DataType.FLOAT: [(1e39, "too large"), (-1e39, "too large"), (10**400, "too large"), (True, "bool"), ("1", "str")],
-    DataType.DOUBLE: [(10**400, "too large"), (-(10**400), "too large"), (False, "bool"), ("1", "str")],
+    DataType.BOOL: [(2, "BOOL .* is 2"), (-1, "is -1"), (1.0, "float"), ("true", "str")],
+    DataType.FLOAT: [(1e39, "too large"), (-1e39, "too large"), (10**400, "too large"), ("1", "str")],
+    DataType.DOUBLE: [(10**400, "too large"), (-(10**400), "too large"), ("1", "str")],
     DataType.VARCHAR: [("é" * 4 + "xx", "10 bytes"), ("x" * 10, "10 bytes"), (1, "int"), (True, "bool")],
 }
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Collection
 from typing import Any
 
-import numpy as np
 import orjson
 from llama_index.core.schema import BaseNode, NodeRelationship, RelatedNodeInfo, TextNode
 from pymilvus import DataType
 
-from llama_index_milvus_async_ext._milvus.errors import SchemaMismatchError
 from llama_index_milvus_async_ext._milvus.schema import DYNAMIC_FIELD, ID_FIELD, Row, Schema
+from llama_index_milvus_async_ext._nodes.columns import COLUMN_TYPES, size_of
 from llama_index_milvus_async_ext._nodes.node_json import NodeJson
+from llama_index_milvus_async_ext._nodes.refusals import mismatch, refused
 from llama_index_milvus_async_ext._nodes.vectors import pack
 
 # A dynamic field that says, of each row that an ingestion has written, to which version of its document it belongs.
@@ -22,26 +21,6 @@ RECORD_FIELD = "_ingestion"
 MAX_DYNAMIC_BYTES = 65_536
 _DEFAULT_MAX_LENGTH = 65_535
 FIELDS_OF_NODES = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id"})
-
-_PYTHON_TYPES: dict[DataType, tuple[type, ...]] = {
-    DataType.BOOL: (bool, np.bool_),
-    DataType.INT8: (int, np.integer),
-    DataType.INT16: (int, np.integer),
-    DataType.INT32: (int, np.integer),
-    DataType.INT64: (int, np.integer),
-    DataType.FLOAT: (int, float, np.number),
-    DataType.DOUBLE: (int, float, np.number),
-    DataType.VARCHAR: (str,),
-}
-# What packs a number as its column does, and refuses one that is too large for it.
-_NUMBERS = {
-    DataType.INT8: struct.Struct("<b").pack,
-    DataType.INT16: struct.Struct("<h").pack,
-    DataType.INT32: struct.Struct("<i").pack,
-    DataType.INT64: struct.Struct("<q").pack,
-    DataType.FLOAT: struct.Struct("<f").pack,
-    DataType.DOUBLE: struct.Struct("<d").pack,
-}
 
 
 class RowEncoder:
@@ -110,7 +89,7 @@ class RowEncoder:
                 f["type"] == DataType.VARCHAR,
             )
             for f in schema.fields
-            if f["type"] in _PYTHON_TYPES and not f.get("nullable") and f.get("default_value") is None
+            if f["type"] in COLUMN_TYPES and not f.get("nullable") and f.get("default_value") is None
         ]
         self._is_usual = self._find_out_whether_usual()
 
@@ -131,7 +110,7 @@ class RowEncoder:
             ValueError: The node can't be stored in any collection.
         """
         if self._key_problem is not None:
-            raise _mismatch(node, *self._key_problem)
+            raise mismatch(node, *self._key_problem)
         vector = self._vector(node) if self._embedding_field else None
         usual = self._usual_row(node, vector, sparse, record) if self._is_usual and type(node) is TextNode else None
         if usual is not None:
@@ -155,7 +134,7 @@ class RowEncoder:
     def _vector(self, node: BaseNode) -> bytes:
         embedding = node.embedding
         if embedding is None:
-            raise _refused(
+            raise refused(
                 node,
                 "it has no embedding",
                 "give the pipeline or the writer an embed_model, or set node.embedding",
@@ -164,11 +143,11 @@ class RowEncoder:
             dim = len(embedding)
         except TypeError:  # a generator, or an array of no dimension
             kind = type(embedding).__name__
-            raise _refused(
+            raise refused(
                 node, f"its embedding is no list of numbers, but {kind}", "check the embedding model"
             ) from None
         if dim != self._dim:
-            raise _mismatch(
+            raise mismatch(
                 node,
                 f"its embedding has {dim} dimensions, the collection has {self._dim}",
                 "use the embedding model that the collection was made for, or another collection",
@@ -176,7 +155,7 @@ class RowEncoder:
         try:
             return pack(embedding)
         except ValueError as error:
-            raise _refused(node, f"its embedding {error}", "check the embedding model") from None
+            raise refused(node, f"its embedding {error}", "check the embedding model") from None
 
     def _usual_row(
         self, node: BaseNode, vector: bytes | None, sparse: dict[int, float] | None, record: bytes | None
@@ -233,7 +212,7 @@ class RowEncoder:
         try:
             node_content, entity, text = self._json.stored(node)
         except Exception as error:  # pydantic has errors of its own
-            raise _refused(node, f"it can't be stored as JSON ({error})", "check its metadata") from None
+            raise refused(node, f"it can't be stored as JSON ({error})", "check its metadata") from None
         if self._kept is not None:
             entity = {key: value for key, value in entity.items() if key in self._kept}
         doc_id = node.ref_doc_id or "None"
@@ -251,57 +230,33 @@ class RowEncoder:
         given = node.metadata.get(name)
         if value is None and isinstance(given, float):  # JSON, through which it went, has null in its place
             problem = f"its {name!r} is {given}, which a {kind.name} column does not take"
-            raise _mismatch(node, problem, f"replace metadata[{name!r}]")
+            raise mismatch(node, problem, f"replace metadata[{name!r}]")
         if value is None:
             keys = {self._schema.partition_key: "the partition key", self._key_name: "the primary key"}
             what = keys.get(name, "a column")
-            raise _mismatch(
+            raise mismatch(
                 node, f"its metadata has no {name!r}, which is {what} of the collection", f"set metadata[{name!r}]"
             )
-        known: Any = _PYTHON_TYPES[kind]
-        if not isinstance(value, known) or (kind != DataType.BOOL and isinstance(value, bool)):
-            raise _mismatch(
-                node,
-                f"column {name!r} holds {kind.name} values, but its value is of type {type(value).__name__}",
-                f"convert metadata[{name!r}]",
-            )
-        if kind == DataType.VARCHAR:
-            try:
-                nbytes = len(value.encode("utf-8"))
-            except UnicodeEncodeError as error:
-                raise _refused(node, f"its {name!r} is not valid Unicode ({error})", "repair the text") from None
-            if nbytes > limit:
-                raise _mismatch(
-                    node,
-                    f"its {name!r} has {nbytes} bytes in UTF-8, and the column takes {limit}",
-                    "split it into smaller nodes" if name == self._text_key else "shorten it",
-                )
-            return nbytes
-        if kind in _NUMBERS:
-            try:
-                _NUMBERS[kind](value)
-            except (struct.error, OverflowError):  # protobuf would make infinity of the latter
-                problem = f"its {name!r}, {str(value)[:80]}, is too large for {kind.name}"
-                raise _mismatch(node, problem, "use a smaller number") from None
-        return 8
+        remedy = "split it into smaller nodes" if name == self._text_key else "shorten it"
+        return size_of(node, name, value, kind, limit, remedy)
 
     def _parted(self, node: BaseNode, entity: dict[str, Any], record: bytes | None) -> tuple[dict[str, Any], bytes]:
         """The values of the collection's columns, and the JSON of the others."""
         if DYNAMIC_FIELD in entity:
-            raise _refused(node, f"its metadata has the key {DYNAMIC_FIELD!r}, Milvus's own", "rename the key")
+            raise refused(node, f"its metadata has the key {DYNAMIC_FIELD!r}, Milvus's own", "rename the key")
         for name in self._forbidden:
             if name in entity:
-                raise _mismatch(node, f"its metadata has the key {name!r}, which Milvus fills itself", "rename the key")
+                raise mismatch(node, f"its metadata has the key {name!r}, which Milvus fills itself", "rename the key")
         if not self._schema.dynamic:
             return entity, b""
         columns = {name: entity.pop(name) for name in self._columns if name in entity}
         try:
             dynamic = orjson.dumps(entity)
         except (TypeError, ValueError, RecursionError) as error:
-            raise _refused(node, f"its metadata can't be stored as JSON ({error})", "use plain JSON values") from None
+            raise refused(node, f"its metadata can't be stored as JSON ({error})", "use plain JSON values") from None
         if record is not None:
             if RECORD_FIELD in entity:
-                raise _refused(node, f"its metadata has the key {RECORD_FIELD!r}, this package's own", "rename the key")
+                raise refused(node, f"its metadata has the key {RECORD_FIELD!r}, this package's own", "rename the key")
             dynamic = dynamic[:-1] + self._end_with(record)
         if len(dynamic) > MAX_DYNAMIC_BYTES:
             problem = f"its metadata and relationships take {len(dynamic)} bytes as JSON, and Milvus stores "
@@ -309,7 +264,7 @@ class RowEncoder:
             if self._kept is None:
                 problem += " (each metadata value is stored twice)"
                 remedy += ", or name the keys that you filter by in filterable_metadata=: the others are stored once"
-            raise _refused(node, problem, remedy)
+            raise refused(node, problem, remedy)
         return columns, dynamic
 
     def _find_out_whether_usual(self) -> bool:
@@ -334,15 +289,3 @@ class RowEncoder:
 def key_of(node: BaseNode, key_name: str) -> Any:
     """The primary key that a node's row has, in a collection whose key is called so; None if the node does not say."""
     return node.node_id if key_name == ID_FIELD else node.metadata.get(key_name)
-
-
-def _refused(node: BaseNode, problem: str, remedy: str) -> ValueError:
-    return ValueError(_message(node, problem, remedy))
-
-
-def _mismatch(node: BaseNode, problem: str, remedy: str) -> SchemaMismatchError:
-    return SchemaMismatchError(_message(node, problem, remedy))
-
-
-def _message(node: BaseNode, problem: str, remedy: str) -> str:
-    return f"node {node.node_id[:80]!r} can't be stored: {problem}; {remedy}"

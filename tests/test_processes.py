@@ -9,11 +9,13 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_index.core.bridge.pydantic import ConfigDict, PrivateAttr
 
 from llama_index_milvus_async_ext import (
     AsyncMilvusVectorStore,
@@ -60,6 +62,63 @@ def test_a_copy_is_the_same_store(
     assert count(store) == count(other) == 10, "not overwritten again"
     other.close()
     store.add(make_nodes(1, dim=DIM))
+
+
+class Tenant(AsyncMilvusVectorStore):
+    """A user's own, whose constructor takes what it likes, and which has what does not pickle and what holds itself."""
+
+    model_config = ConfigDict(extra="allow")
+    tenant: str = "nobody"
+    _seen: list[str] = PrivateAttr(default_factory=list)
+    _lock: Any = PrivateAttr(default_factory=threading.Lock)
+    _itself: Any = PrivateAttr(default=None)
+
+    def __init__(self, where: Backend, name: str) -> None:
+        super().__init__(where.uri, collection_name=name, dim=DIM, overwrite=True, consistency_level="Strong")
+        self._itself = self
+
+
+COPIED: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "model_copy": lambda store: store.model_copy(),
+    "deepcopy": copy.deepcopy,
+    "model_copy, deep": lambda store: store.model_copy(deep=True),
+    "pickle": lambda store: pickle.loads(pickle.dumps(store)),
+    "pickle, in Python": lambda store: pickle._loads(pickle._dumps(store)),  # type: ignore[attr-defined]
+    "a copy of a copy": lambda store: copy.deepcopy(pickle.loads(pickle.dumps(store))),
+}
+
+
+@pytest.mark.parametrize("way", COPIED)
+def test_a_copy_keeps_what_its_own_class_adds(
+    backend: Backend, collection_name: str, make_nodes: MakeNodes, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    is_shallow = way in ("copy", "model_copy")
+    with Tenant(backend, collection_name) as store:
+        store.tenant, store._seen[:] = "acme", ["a", "b"]
+        store.color = ["red"]
+        store.add(make_nodes(5, dim=DIM))
+        caplog.clear()
+        with COPIED[way](store) as other:
+            assert type(other) is Tenant and (other.tenant, other._seen, other.color) == ("acme", ["a", "b"], ["red"])
+            assert (other._seen is store._seen) is (other.color is store.color) is (other._lock is store._lock)
+            assert (other._seen is store._seen) is is_shallow
+            assert other._itself is (store if is_shallow else other)
+            with other._lock:  # which does not pickle: one as the class makes it
+                other.add(make_nodes(5, dim=DIM))
+            assert ("'_lock'" in caplog.text) is not is_shallow
+            assert count(store) == count(other) == 10, "not overwritten again"
+            assert other.live() is not store.live(), "the connection is its own"
+        store.add(make_nodes(1, dim=DIM))
+
+
+def test_a_copy_may_be_changed(store: AsyncMilvusVectorStore) -> None:
+    with store.model_copy(update={"max_concurrency": 2, "is_embedding_query": False}) as other:
+        assert (other.max_concurrency, store.max_concurrency) == (2, 3)
+        assert (other.is_embedding_query, store.is_embedding_query) == (False, True)
+        with copy.copy(other) as again:
+            assert (again.max_concurrency, again.is_embedding_query) == (2, False)
+            assert again.model_fields_set == other.model_fields_set
 
 
 def test_reports_and_errors_pickle(store: AsyncMilvusVectorStore, make_nodes: MakeNodes) -> None:

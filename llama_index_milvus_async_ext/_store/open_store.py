@@ -27,7 +27,7 @@ from llama_index_milvus_async_ext._milvus.search_request import warmed_up
 from llama_index_milvus_async_ext._milvus.session import Connected
 from llama_index_milvus_async_ext._milvus.settings import ConnectionSettings
 from llama_index_milvus_async_ext._milvus.use import Use, closed_if_dropped
-from llama_index_milvus_async_ext._store import making, tracing
+from llama_index_milvus_async_ext._store import copying, making, tracing
 from llama_index_milvus_async_ext._store.arguments import as_fields, limits_of, without_fields
 from llama_index_milvus_async_ext._store.existing import construct, existing, make_beside_others, needs_nothing
 from llama_index_milvus_async_ext._store.opening import Known, arguments_of, check_hooks, fitted
@@ -291,31 +291,28 @@ class OpenStore(MilvusVectorStore):
     # --- copies
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # pydantic's way would drop what does not pickle, connect elsewhere and apply `overwrite` again.
-        endpoint = self.live().endpoint
+        return copying.reduced(self, OpenStore)
+
+    def __copy__(self) -> Self:
+        return copying.copied(self, OpenStore)
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return copying.copied(self, OpenStore, {} if memo is None else memo)
+
+    def arguments_again(self) -> dict[str, Any]:
+        """The constructor's arguments that open this store once more, as it is now; for its copies."""
+        endpoint, key = self.live().endpoint, self.partition_key_field
         served_at = None
         if self._settings.is_file:  # in the child of a child, by the process that holds the file
             is_here = endpoint.uri == self._settings.uri
             served_at = f"{endpoint.connection.address}#{os.getpid()}" if is_here else self._settings.served_at
         connection = {"uri": self._settings.uri, "token": self._settings.token, "served_at": served_at}
-        arguments = arguments_of(self) | self._own_arguments() | connection | self._settings.options
-        return functools.partial(type(self), **arguments), ()
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        copied: Self = self.__reduce_ex__(2)[0]()
-        return copied
-
-    def __copy__(self) -> Self:
-        return self.__deepcopy__()
-
-    def _own_arguments(self) -> dict[str, Any]:
-        """The constructor's arguments that this class adds, as the store has them now."""
-        key = self.partition_key_field
-        return self.limits._asdict() | {
+        own: dict[str, Any] = {
             "partition_key_field": Known(key) if key is not None else None,
             "filterable_metadata": self.filterable_metadata,
             "schema": self._schema,
         }
+        return arguments_of(self) | self.limits._asdict() | own | connection | self._settings.options
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """As upstream's, with the schema that was given, if one was."""

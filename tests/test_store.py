@@ -256,7 +256,7 @@ def test_scalar_columns(make_store: Any, make_nodes: MakeNodes) -> None:
         6: {"number": 2**63},
         7: {"level": 128},
         8: {"share": 1e39},
-        9: {"done": 1},
+        9: {"done": 2},
         10: {"score": "0.5"},
         11: {"score": 10**400},
     }

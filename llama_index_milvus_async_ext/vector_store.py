@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryResult
@@ -16,6 +16,14 @@ from llama_index_milvus_async_ext._store.open_store import OpenStore
 from llama_index_milvus_async_ext._store.searching import search
 from llama_index_milvus_async_ext._store.writing import write
 from llama_index_milvus_async_ext.report import WriteReport
+
+if TYPE_CHECKING:
+    from llama_index.core.vector_stores.utils import DEFAULT_DOC_ID_KEY, DEFAULT_EMBEDDING_KEY, DEFAULT_TEXT_KEY
+    from llama_index.vector_stores.milvus import IndexManagement
+    from llama_index.vector_stores.milvus.utils import DEFAULT_SPARSE_EMBEDDING_KEY
+    from pymilvus import CollectionSchema, DataType
+
+    from llama_index_milvus_async_ext.retry import RetryPolicy
 
 
 class AsyncMilvusVectorStore(OpenStore):
@@ -72,6 +80,50 @@ class AsyncMilvusVectorStore(OpenStore):
         ConnectError: The server can't be reached or refuses the token, or another process holds the file.
         ValueError: An argument is wrong, or the existing collection does not fit the arguments.
     """
+
+    if TYPE_CHECKING:
+        # `OpenStore`'s, to the letter: of a model of pydantic's that has none, type checkers make one up of its fields.
+        def __init__(
+            self,
+            uri: str = "./milvus_llamaindex.db",
+            token: str = "",
+            collection_name: str = "llamacollection",
+            overwrite: bool = False,
+            upsert_mode: bool = True,
+            collection_properties: dict[str, Any] | None = None,
+            doc_id_field: str = DEFAULT_DOC_ID_KEY,
+            text_key: str = DEFAULT_TEXT_KEY,
+            scalar_field_names: list[str] | None = None,
+            scalar_field_types: list[DataType] | None = None,
+            enable_dense: bool = True,
+            dim: int | None = None,
+            embedding_field: str = DEFAULT_EMBEDDING_KEY,
+            enable_sparse: bool = False,
+            sparse_embedding_field: str = DEFAULT_SPARSE_EMBEDDING_KEY,
+            sparse_embedding_function: Any = None,
+            index_management: IndexManagement = IndexManagement.CREATE_IF_NOT_EXISTS,
+            batch_size: int = 800,
+            index_config: dict[str, Any] | None = None,
+            sparse_index_config: dict[str, Any] | None = None,
+            search_config: dict[str, Any] | None = None,
+            similarity_metric: str | None = None,
+            consistency_level: str = "Session",
+            output_fields: list[str] | None = None,
+            hybrid_ranker: str = "RRFRanker",
+            hybrid_ranker_params: dict[str, Any] | None = None,
+            use_async_client: bool = True,
+            *,
+            max_concurrency: int = 8,
+            max_batch_bytes: int = 8 << 20,
+            max_batch_queries: int = 500,
+            rpc_timeout_seconds: float = 30.0,
+            retry: RetryPolicy | None = None,
+            partition_key_field: str | None = None,
+            filterable_metadata: Sequence[str] | None = None,
+            schema: CollectionSchema | dict[str, Any] | None = None,
+            served_at: str | None = None,
+            **kwargs: Any,
+        ) -> None: ...
 
     @classmethod
     def class_name(cls) -> str:

@@ -5,6 +5,7 @@ Seen by the fault proxy, which looks on. Where the two differ on purpose, the di
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import inspect
@@ -38,6 +39,7 @@ from pymilvus.grpc_gen import milvus_pb2
 from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy
 from llama_index_milvus_async_ext._milvus import deleting
 from llama_index_milvus_async_ext._milvus.connection import Connection
+from llama_index_milvus_async_ext._store.open_store import OpenStore
 from tests.conftest import MakeNodes
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
@@ -167,6 +169,16 @@ def test_a_missing_index_is_made_where_it_is_asked_for(
     made = watch("CreateIndex")
     open_store(index_management=management)
     assert len(made) == (management is IndexManagement.CREATE_IF_NOT_EXISTS)
+
+
+def test_type_checkers_see_the_constructor_as_it_is() -> None:
+    def parameters(kind: type) -> str:
+        source = ast.parse(inspect.getsource(kind))
+        (constructor,) = (each for each in ast.walk(source) if getattr(each, "name", None) == "__init__")
+        assert isinstance(constructor, ast.FunctionDef)
+        return ast.unparse(constructor.args)
+
+    assert parameters(AsyncMilvusVectorStore) == parameters(OpenStore)
 
 
 def test_every_argument_of_the_plain_store_is_looked_at_here() -> None:

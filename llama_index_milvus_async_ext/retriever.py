@@ -22,6 +22,7 @@ from llama_index.core.vector_stores.types import (
 )
 from llama_index.vector_stores.milvus import MilvusVectorStore
 
+from llama_index_milvus_async_ext._flow.awaiting import awaited
 from llama_index_milvus_async_ext._lane.port import LoopPort
 from llama_index_milvus_async_ext._lane.thread_port import ThreadPort
 from llama_index_milvus_async_ext._queries import questions
@@ -173,7 +174,8 @@ class AsyncMilvusRetriever(BaseRetriever):
         if batch is not None:
             embedding = await questions.embedded(self._embed_model, bundle.embedding_strs, batch)
         else:
-            embedding = await self._embed_model.aget_agg_embedding_from_queries(bundle.embedding_strs)
+            asked = self._embed_model.aget_agg_embedding_from_queries(bundle.embedding_strs)
+            embedding = await awaited(asked, "the embedding model")
         return QueryBundle(bundle.query_str, bundle.image_path, bundle.custom_embedding_strs, embedding)
 
     def _vector_store_query(self, bundle: QueryBundle, embedding: list[float] | None) -> VectorStoreQuery:

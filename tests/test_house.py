@@ -114,7 +114,7 @@ def test_the_core_of_the_lane_is_pure() -> None:
 
 
 def test_what_decides_in_an_ingestion_is_pure() -> None:
-    for name in ("_flow/intake", "_ingest/standing", "_ingest/duplicates"):
+    for name in ("_flow/intake", "_flow/foreign", "_ingest/standing", "_ingest/duplicates"):
         tree = ast.parse((HOME / f"{name}.py").read_text())
         assert not [node for node in ast.walk(tree) if isinstance(node, (ast.Await, ast.AsyncFunctionDef))], name
         imported = {node.names[0].name for node in ast.walk(tree) if isinstance(node, ast.Import)}

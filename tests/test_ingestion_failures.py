@@ -272,7 +272,7 @@ def test_a_stream_in_which_something_was_cancelled_is_a_stream_that_raises(
     report = run(writing_to(store), stream(), on_failure="collect", delete_missing=True)
     assert counts(report) == (3, 0, 0, 0, 1)
     assert stages_of(report) == {None: "read"}
-    assert isinstance(report.failed[0].error, asyncio.CancelledError)
+    assert isinstance(report.failed[0].error.__cause__, asyncio.CancelledError)
     assert held(store) == expected(docs(3))
 
 

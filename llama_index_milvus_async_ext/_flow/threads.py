@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from llama_index_milvus_async_ext._flow.arrivals import take
+from llama_index_milvus_async_ext._flow.foreign import ENDS_PROGRAMS, as_error
 from llama_index_milvus_async_ext._flow.starting import start
 
 T = TypeVar("T")
@@ -35,27 +36,25 @@ class _Call:
         self.answer: asyncio.Future[Any] = self._loop.create_future()
 
     def make(self) -> None:
-        """Make the call; what is no mere error, such as Ctrl-C, is the business of the thread."""
+        """Make the call; Ctrl-C, and what else ends programs, is the business of the thread."""
         try:
             result = self._function(*self._arguments)
-        except Exception as error:
-            self._deliver(None, error)
+        except ENDS_PROGRAMS:
+            raise
+        except BaseException as error:
+            self.fail(error)
         else:
             self._deliver(result, None)
 
-    def give_up(self, cause: BaseException) -> None:
-        """Answer a call that was ended by what is no mere error, of which the thread thinks nothing."""
-        error = RuntimeError(f"a call raised {type(cause).__name__}")
-        error.__cause__ = cause
-        self._deliver(None, error)
+    def fail(self, raised: BaseException) -> None:
+        """Answer the call with what it raised."""
+        self._deliver(None, as_error(raised, "a call"))
 
     def _deliver(self, result: Any, error: Exception | None) -> None:
         def deliver() -> None:
             if self.answer.done():
                 return
-            if isinstance(error, StopIteration):  # which no future takes
-                self.answer.set_exception(RuntimeError("a call raised StopIteration"))
-            elif error is not None:
+            if error is not None:
                 self.answer.set_exception(error)
             else:
                 self.answer.set_result(result)
@@ -93,7 +92,7 @@ class OwnThread:
             try:
                 call.make()
             except BaseException as error:  # else whoever waits for the answer would wait for ever
-                call.give_up(error)
+                call.fail(error)
 
 
 class WaitingThread:

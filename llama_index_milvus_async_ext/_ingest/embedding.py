@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import BaseNode, MetadataMode
 
+from llama_index_milvus_async_ext._flow.awaiting import awaited
 from llama_index_milvus_async_ext._flow.threads import Calls
 from llama_index_milvus_async_ext._nodes.vectors import set_embedding
 
@@ -89,7 +90,7 @@ async def embed_nodes(nodes: Sequence[BaseNode], embed: Embed) -> dict[int, Exce
     while waiting:
         places = waiting.pop()
         try:
-            embeddings = await embed([texts[place] for place in places])
+            embeddings = await awaited(embed([texts[place] for place in places]), "the embedding model")
             if len(embeddings) != len(places):
                 raise ValueError(f"the embedding model gave {len(embeddings)} vectors for {len(places)} texts")
         except Exception as error:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from typing import Any
 
+from llama_index_milvus_async_ext._flow.awaiting import awaited
+from llama_index_milvus_async_ext._flow.foreign import ENDS_PROGRAMS, as_error
 from llama_index_milvus_async_ext._flow.threads import Calls
 
 _DOCUMENTS_PER_CALL = 100  # that is how far a stream is read ahead
 _SECONDS_PER_CALL = 0.02
-# A stream of awaited tasks, or of a loop of its own, may find one cancelled: nobody cancels what runs in a thread.
-_OF_A_STREAM = (Exception, asyncio.CancelledError)
 
 
 class Reading:
@@ -27,7 +26,7 @@ class Reading:
     """
 
     def __init__(self, stream: Iterable[Any] | AsyncIterable[Any], calls: Calls) -> None:
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
         self.seconds = 0.0
         self._stream = stream
         self._calls = calls
@@ -61,12 +60,10 @@ class Reading:
         while not self._is_stopped:
             started = time.perf_counter()
             try:
-                element = await iterator.__anext__()
+                element = await awaited(iterator.__anext__(), "the stream")
             except StopAsyncIteration:
                 return
-            except _OF_A_STREAM as error:
-                if isinstance(error, asyncio.CancelledError) and _may_be_cancelled():
-                    raise
+            except Exception as error:
                 self.error = error
                 return
             finally:
@@ -78,8 +75,10 @@ class Reading:
         """The stream's iterator, made where it is read: some things may only be used in the thread that made them."""
         try:
             return iter(stream)
-        except _OF_A_STREAM as error:
-            self.error = error
+        except ENDS_PROGRAMS:
+            raise
+        except BaseException as error:
+            self.error = as_error(error, "the stream")
             return None
 
     def _next(self, iterator: Iterator[Any], arrivals: _Arrivals) -> bool:
@@ -94,8 +93,10 @@ class Reading:
                 arrivals.put(found)
         except StopIteration:
             return False
-        except _OF_A_STREAM as error:
-            self.error = error
+        except ENDS_PROGRAMS:
+            raise
+        except BaseException as error:
+            self.error = as_error(error, "the stream")
             return False
         finally:
             self.seconds += time.perf_counter() - started
@@ -136,14 +137,6 @@ class _Arrivals:
                 yield self._elements.popleft()
             if has_ended:
                 return
-
-
-def _may_be_cancelled() -> bool:
-    """Whether a `CancelledError` in this task may be one of the task's own, and not of something that it awaited."""
-    task = asyncio.current_task()
-    if sys.version_info < (3, 11):  # where nobody could tell
-        return True
-    return task is None or task.cancelling() > 0
 
 
 def _flat(element: Any) -> list[Any]:

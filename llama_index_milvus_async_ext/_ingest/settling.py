@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llama_index.core.ingestion import DocstoreStrategy
+from llama_index.core.storage.docstore.types import BaseDocumentStore
 from llama_index_instrumentation import get_dispatcher
 
+from llama_index_milvus_async_ext._flow.awaiting import awaited
 from llama_index_milvus_async_ext._ingest.docstores import hashes_of
 from llama_index_milvus_async_ext._ingest.duplicates import Duplicates
 from llama_index_milvus_async_ext._ingest.item import Item
@@ -45,7 +47,7 @@ class Settling:
     async def begin(self) -> None:
         """Ask the docstore what it knows, once."""
         if self._job.docstore is not None:
-            self._hashes.update(await hashes_of(self._job.docstore))
+            self._hashes.update(await awaited(hashes_of(self._job.docstore), "the docstore"))
             self.duplicates.first.update((hash_, document_id) for document_id, hash_ in self._hashes.items())
 
     def see(self, document_id: str) -> None:
@@ -120,7 +122,7 @@ class Settling:
         if docstore is not None:
             try:
                 for document_id in missing:
-                    await docstore.adelete_document(document_id, raise_error=False)
+                    await awaited(docstore.adelete_document(document_id, raise_error=False), "the docstore")
             except Exception as error:
                 self._tally.fail(None, "docstore", error)
 
@@ -146,7 +148,8 @@ class Settling:
             return list(items)
         known = [item for item in new if item.original is not None and item.document_id in self._hashes]
         new = [item for item in new if item.original is None]
-        try:
+
+        async def tell(docstore: BaseDocumentStore) -> None:
             for item in known:  # with other content: it would be taken for the original of that
                 await docstore.adelete_document(item.document_id, raise_error=False)
                 del self._hashes[item.document_id]
@@ -155,6 +158,9 @@ class Settling:
                     await docstore.adelete_ref_doc(item.document_id, raise_error=False)
             await docstore.async_add_documents([item.document for item in new])
             await docstore.aset_document_hashes({item.document_id: item.hash for item in new})
+
+        try:
+            await awaited(tell(docstore), "the docstore")
         except Exception as error:
             for item in (*new, *known):
                 self._tally.fail(item.document_id, "docstore", error)

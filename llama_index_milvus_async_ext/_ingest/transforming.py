@@ -17,6 +17,7 @@ import llama_index.core
 from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, TransformComponent
 
+from llama_index_milvus_async_ext._flow.awaiting import awaited
 from llama_index_milvus_async_ext._flow.threads import OwnThread
 from llama_index_milvus_async_ext._ingest.versions import described
 from llama_index_milvus_async_ext.ingestion_report import that_pickles
@@ -86,7 +87,7 @@ class Transforming:
                 continue
             nodes = await self._in_thread(waiting, nodes)
             waiting = []
-            nodes = list(await each.acall(nodes))
+            nodes = list(await awaited(each.acall(nodes), type(each).__name__))
         return await self._in_thread(waiting, nodes)
 
     def close(self) -> None:

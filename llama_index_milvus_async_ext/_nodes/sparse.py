@@ -7,6 +7,8 @@ from typing import Any
 
 from llama_index.vector_stores.milvus.utils import BaseSparseEmbeddingFunction
 
+from llama_index_milvus_async_ext._flow.awaiting import awaited
+
 # An encoder that fails for so many texts in a row, and has answered for none, is taken to fail for all: to ask a
 # service that is down for each of a thousand texts would take as many time-outs.
 _GIVE_UP_AFTER = 16
@@ -55,7 +57,7 @@ async def of_queries(encoder: BaseSparseEmbeddingFunction, texts: Sequence[str],
 async def _encoded(encoder: Any, kind: str, texts: Sequence[str], awaits: bool) -> list[Any]:
     name = f"async_encode_{kind}" if awaits else f"encode_{kind}"
     answer = getattr(encoder, name)(list(texts))
-    vectors = list(await answer if awaits else answer)
+    vectors = list(await awaited(answer, type(encoder).__name__) if awaits else answer)
     if len(vectors) != len(texts):
         raise ValueError(f"{type(encoder).__name__}.{name} returned {len(vectors)} vectors for {len(texts)} texts")
     return vectors

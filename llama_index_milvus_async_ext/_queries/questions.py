@@ -16,6 +16,7 @@ from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent, EmbeddingStartEvent
 from llama_index_instrumentation import get_dispatcher
 
+from llama_index_milvus_async_ext._flow.foreign import as_error
 from llama_index_milvus_async_ext._flow.loops import forget_closed
 
 dispatcher = get_dispatcher(__name__)
@@ -142,5 +143,5 @@ class _Questions:
 def _called(batch: Batch, questions: list[str]) -> list[list[float]]:
     try:
         return batch(questions)
-    except StopIteration as error:  # which no future can hold: its caller would wait for ever
-        raise RuntimeError("the embedding model raised StopIteration") from error
+    except (StopIteration, asyncio.CancelledError) as error:  # nobody cancels what runs in a thread
+        raise as_error(error, "the embedding model") from error

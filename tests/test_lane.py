@@ -237,7 +237,23 @@ def test_while_it_is_held_nothing_new_is_sent() -> None:
     virtual_time.run(scenario())
 
 
-@pytest.mark.parametrize("policy", [RetryPolicy(stop=lambda _: 1 / 0), RetryPolicy(wait=lambda _: None)])  # type: ignore[arg-type,return-value]
+class PanicError(BaseException):
+    """As a library written in Rust raises it."""
+
+
+def panic(*_: object) -> Any:
+    raise PanicError
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        RetryPolicy(stop=lambda _: 1 / 0),  # type: ignore[arg-type,return-value]
+        RetryPolicy(wait=lambda _: None),  # type: ignore[arg-type,return-value]
+        RetryPolicy(stop=panic),
+        RetryPolicy(wait=panic),
+    ],
+)
 def test_a_defect_in_the_users_stop_or_wait_leaves_nobody_waiting(policy: RetryPolicy) -> None:
     async def scenario() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: None)
@@ -251,9 +267,32 @@ def test_a_defect_in_the_users_stop_or_wait_leaves_nobody_waiting(policy: RetryP
     virtual_time.run(scenario())
 
 
-def test_a_defect_in_the_table_of_errors_leaves_nobody_waiting() -> None:
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_an_item_whose_preparation_panics_fails_alone_at_whatever_attempt(attempt: int) -> None:
+    prepared: list[int] = []
+
+    def prepare(item: Item) -> tuple[Item, int]:
+        prepared.append(item.name)
+        if item.name == 1 and prepared.count(1) == attempt:
+            panic()
+        return item, item.nbytes
+
+    async def scenario() -> None:
+        shell, lane = make_shell(), make_lane(Server(script=[lost] if attempt > 1 else []))
+        lane.prepare = prepare
+        submission = await asyncio.wait_for(outcome(shell, lane, items(3)), 500)
+        assert submission.failed_indices() == [1]
+        assert isinstance(submission.failures[1].error.__cause__, PanicError)
+        assert not (await outcome(shell, lane, items(3))).failures
+        await drained(shell)
+
+    virtual_time.run(scenario())
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, PanicError])
+def test_a_defect_in_the_table_of_errors_leaves_nobody_waiting(error: type[BaseException]) -> None:
     def defect(_: BaseException) -> Verdict:
-        raise ZeroDivisionError
+        raise error
 
     async def scenario() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: None)
@@ -282,15 +321,21 @@ def test_a_retry_that_can_not_be_logged_is_made_all_the_same() -> None:
     virtual_time.run(scenario())
 
 
-def test_a_defect_in_the_core_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, PanicError])
+def test_a_defect_in_the_core_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def defect(_: float) -> bool:
+        raise error
+
     async def scenario() -> None:
         told: list[Any] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
         shell, lane = make_shell(), make_lane(Server())
-        monkeypatch.setattr(shell.core, "step", lambda _: 1 / 0)
+        monkeypatch.setattr(shell.core, "step", defect)
         submission = await asyncio.wait_for(outcome(shell, lane, items(2)), 500)
         assert submission.failed_indices() == [0, 1]
-        assert isinstance(told[0], ZeroDivisionError)
+        assert isinstance(told[0], error)
 
     virtual_time.run(scenario())
 

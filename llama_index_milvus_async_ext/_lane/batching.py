@@ -26,7 +26,7 @@ def begin(lane: Lane[Any, Any], free_slots: int, most_items: int) -> Flight[Any]
     return flight
 
 
-def fill(lane: Lane[Any, Any], budget: int, refuse: Callable[[Item[Any], Exception], None]) -> bool:
+def fill(lane: Lane[Any, Any], budget: int, refuse: Callable[[Item[Any], BaseException], None]) -> bool:
     """Put items into the lane's filling flight.
 
     Args:
@@ -55,7 +55,7 @@ def fill(lane: Lane[Any, Any], budget: int, refuse: Callable[[Item[Any], Excepti
             if item.nbytes < 0:
                 try:
                     item.payload, item.nbytes = lane.prepare(item.value)
-                except Exception as error:
+                except BaseException as error:  # whatever the user's own code in it raises
                     refuse(item, error)
                     continue
             if group and flight.nbytes + item.nbytes > lane.max_bytes:
@@ -86,7 +86,9 @@ def enqueue(submission: Submission[Any]) -> None:
         submission.lane.ring.append(submission)
 
 
-def payloads(lane: Lane[Any, Any], items: list[Item[Any]], refuse: Callable[[Item[Any], Exception], None]) -> list[Any]:
+def payloads(
+    lane: Lane[Any, Any], items: list[Item[Any]], refuse: Callable[[Item[Any], BaseException], None]
+) -> list[Any]:
     """The payloads of items, which are kept for their first request only: few need another, and many are under way.
 
     An item that can't be prepared any more is refused, and settled by that: its payload is left out.
@@ -97,7 +99,7 @@ def payloads(lane: Lane[Any, Any], items: list[Item[Any]], refuse: Callable[[Ite
         if payload is None:
             try:
                 payload = lane.prepare(item.value)[0]
-            except Exception as error:
+            except BaseException as error:
                 refuse(item, error)
                 continue
         found.append(payload)

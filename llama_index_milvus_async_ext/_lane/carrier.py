@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llama_index_milvus_async_ext._flow.foreign import as_error
 from llama_index_milvus_async_ext._lane import batching
 from llama_index_milvus_async_ext._lane.air import GRACE_SECONDS, LEAST_TIMEOUT_SECONDS, Air
 from llama_index_milvus_async_ext._lane.effects import Retry, Send
@@ -83,7 +84,7 @@ class Carrier:
     def _verdict(self, error: BaseException) -> Verdict:
         try:
             return self._classify(error)
-        except Exception:  # a defect there must not leave callers waiting
+        except BaseException:  # a defect there must not leave callers waiting
             return Verdict.UNEXPECTED
 
     def _halve(self, flight: Flight[Any], alive: list[Item[Any]], error: BaseException) -> None:
@@ -115,9 +116,9 @@ class Carrier:
         )
         try:
             pause = flight.lane.policy.next_pause(attempts)
-        except Exception as defect:  # of the user's own `stop` or `wait`
+        except BaseException as defect:  # of the user's own `stop` or `wait`
             defect.__cause__ = error
-            self.fail_group(flight, alive, without_frames(defect), False)
+            self.fail_group(flight, alive, without_frames(as_error(defect, "the retry policy")), False)
             return True
         if pause is None:
             return False
@@ -162,9 +163,9 @@ class Carrier:
             self._ledger.fail(item, error, retryable, item.ambiguous)
         self.next_group(flight)
 
-    def refuse(self, item: Item[Any], error: Exception) -> None:
+    def refuse(self, item: Item[Any], error: BaseException) -> None:
         """Fail an item that can't be prepared."""
-        self._ledger.fail(item, without_frames(error), False, item.ambiguous)
+        self._ledger.fail(item, without_frames(as_error(error, "its preparation")), False, item.ambiguous)
         if item.flight is None:
             self._turns.give_to_next_of_key(item)
 

@@ -104,7 +104,7 @@ class Shell:
             return
         try:
             self._decide()
-        except Exception:  # a defect here must not leave callers waiting
+        except BaseException:  # a defect here must not leave callers waiting
             self.core.cancel_all()
             self._perform()
             raise

@@ -1,4 +1,4 @@
-"""A `CancelledError` that comes from inside of what is not ours is an error of that, and cancels nobody."""
+"""Code that is not ours, and what it raises: that is an error of the work it was called for, and of nothing else."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from llama_index.core.ingestion import DocstoreStrategy
 from llama_index.core.schema import BaseNode, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
 
-from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore, AsyncMilvusWriter
+from llama_index_milvus_async_ext import AsyncMilvusRetriever, AsyncMilvusVectorStore, AsyncMilvusWriter, RetryPolicy
 from llama_index_milvus_async_ext._flow.awaiting import awaited
 from llama_index_milvus_async_ext._nodes import sparse
 from llama_index_milvus_async_ext._queries import questions
 from llama_index_milvus_async_ext.ingestion import IngestionReport, aingest
 from tests.embedding import HashEmbedding
+from tests.fault_proxy import FaultProxy
+from tests.faults import First, Refuse
 from tests.ingesting import DIM, Lines, Model, counts, doc, docs, expected, held, writing_to
 from tests.waiting import until
 
@@ -26,6 +28,11 @@ nobody_can_tell = pytest.mark.skipif(sys.version_info < (3, 11), reason="nobody 
 
 class PanicError(BaseException):
     """As a library written in Rust raises it."""
+
+
+NO_MERE_ERRORS = [PanicError("panicked"), SystemExit(3), GeneratorExit(), asyncio.CancelledError()]
+
+# --- a cancellation that nobody asked for
 
 
 async def of_a_pool_that_is_shut_down() -> None:
@@ -242,3 +249,51 @@ async def test_a_run_that_is_cancelled_while_it_awaits_others_is_cancelled(
     running.cancel()
     await asyncio.wait([running])
     assert running.cancelled()
+
+
+# --- what is called on the I/O thread
+
+
+def nodes(number: int) -> list[TextNode]:
+    return [TextNode(id_=f"n{n}", text="text", embedding=[1.0] * DIM) for n in range(number)]
+
+
+@pytest.mark.parametrize("error", NO_MERE_ERRORS, ids=repr)
+async def test_a_node_that_raises_what_is_no_mere_error_fails_alone(
+    store: AsyncMilvusVectorStore, error: BaseException
+) -> None:
+    class Raising(TextNode):
+        def model_dump(self, **kwargs: Any) -> dict[str, Any]:
+            raise error
+
+    first, last = nodes(2)
+    bad = Raising(id_="bad", text="text", embedding=[1.0] * DIM)
+    report = await asyncio.wait_for(store.awrite([first, bad, last]), 30)
+    assert report.written == ["n0", "n1"]
+    (failed,) = report.failed
+    assert failed.node is bad and not failed.retryable
+    assert isinstance(failed.error, RuntimeError) and type(error).__name__ in str(failed.error)
+    assert (await store.awrite(nodes(3))).ok
+    assert store.statistics().in_flight == 0
+
+
+@pytest.mark.parametrize("error", NO_MERE_ERRORS, ids=repr)
+@pytest.mark.parametrize("hook", ["stop", "wait"])
+async def test_a_hook_that_raises_what_is_no_mere_error_ends_its_own_call_only(
+    proxy: FaultProxy, collection_name: str, hook: str, error: BaseException
+) -> None:
+    def raise_it(_: Any) -> Any:
+        raise error
+
+    options: Any = {"uri": proxy.uri, "collection_name": collection_name, "dim": DIM}
+    async with (
+        await AsyncMilvusVectorStore.aopen(**options, retry=RetryPolicy(**{hook: raise_it})) as store,
+        await AsyncMilvusVectorStore.aopen(**options) as other,
+    ):
+        proxy.script(Refuse(), on=First(1), method="Upsert")
+        report = await asyncio.wait_for(store.awrite(nodes(1)), 30)
+        (failed,) = [*report.failed, *report.unknown]
+        assert isinstance(failed.error, RuntimeError) and type(error).__name__ in str(failed.error)
+        assert store.statistics().in_flight == 0
+        assert (await asyncio.wait_for(other.awrite(nodes(2)), 30)).ok
+        assert (await asyncio.wait_for(store.awrite(nodes(2)), 30)).ok

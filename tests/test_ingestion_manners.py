@@ -8,6 +8,7 @@ import contextvars
 import io
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -356,3 +357,22 @@ async def test_the_report_is_found_behind_the_error_of_a_time_out(store: AsyncMi
     report = IngestionReport.of(ended.value)
     assert report is not None and report.added == 1
     may_go.set()
+
+
+@both
+@pytest.mark.parametrize(
+    ("documents", "said"),
+    [([doc("d0", "old"), *docs(3)], "more than once"), ([Document(text="a"), Document(text="b")], "random ids")],
+)
+def test_a_warning_that_is_made_an_error_costs_no_document(
+    store: AsyncMilvusVectorStore,
+    run: Ingest,
+    log: pytest.LogCaptureFixture,
+    documents: list[Document],
+    said: str,
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = run(writing_to(store), documents, on_failure="collect", delete_missing=True)
+    assert report.ok and report.documents == len(documents)
+    assert len([record for record in log.records if said in record.getMessage()]) == 1

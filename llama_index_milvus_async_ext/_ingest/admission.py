@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import warnings
 from collections.abc import AsyncIterator
 from typing import Any
 
 from llama_index.core.schema import BaseNode, Document
 
+from llama_index_milvus_async_ext._flow.warning import warn
 from llama_index_milvus_async_ext._ingest.item import Item, check_id
 from llama_index_milvus_async_ext._ingest.job import Job
 from llama_index_milvus_async_ext._ingest.reading import Reading
@@ -122,4 +122,4 @@ class Admission:
     def _warn_once(self, message: str) -> None:
         if message[:20] not in self._has_warned:
             self._has_warned.add(message[:20])
-            warnings.warn(message, UserWarning, stacklevel=2)
+            warn(message)

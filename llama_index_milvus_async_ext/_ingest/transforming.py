@@ -6,10 +6,12 @@ import asyncio
 import contextvars
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
+import threading
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, TransformComponent
 
 from llama_index_milvus_async_ext._flow.awaiting import awaited
+from llama_index_milvus_async_ext._flow.foreign import as_error
+from llama_index_milvus_async_ext._flow.starting import start
 from llama_index_milvus_async_ext._flow.threads import OwnThread
 from llama_index_milvus_async_ext._ingest.versions import described
 from llama_index_milvus_async_ext.ingestion_report import that_pickles
@@ -46,7 +50,8 @@ class Transforming:
         self._num_workers = num_workers
         self._awaits = awaits and not num_workers
         self._idle: list[OwnThread] = []
-        self._executor: Executor | None = None
+        self._executor: ProcessPoolExecutor | None = None
+        self._calls: dict[ProcessPoolExecutor, set[Future[list[BaseNode]]]] = {}
         self._alone = asyncio.Lock()
         self._has_worked = False
         self._deaths = 0
@@ -95,7 +100,7 @@ class Transforming:
         for thread in self._idle:
             thread.close()
         if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._let_go(self._executor)
 
     async def _in_thread(self, transformations: Sequence[TransformComponent], nodes: list[BaseNode]) -> list[BaseNode]:
         if not transformations:
@@ -110,9 +115,8 @@ class Transforming:
         if self._dead is not None:
             raise self._dead
         executor = self._processes()
-        loop = asyncio.get_running_loop()
         try:
-            made = await loop.run_in_executor(executor, _transformed_here, group, nodes)
+            made = await self._called(executor, group, nodes)
             self._has_worked = True
             return made
         except BrokenProcessPool:
@@ -126,14 +130,33 @@ class Transforming:
                 raise self._dead
             alone = self._new_processes(1)
             try:
-                made = await loop.run_in_executor(alone, _transformed_here, group, nodes)
+                made = await self._called(alone, group, nodes)
             except BrokenProcessPool as error:
                 self._note_death(error)
                 raise
             finally:
-                alone.shutdown(wait=False)
+                self._let_go(alone)
             self._has_worked = True
             return made
+
+    async def _called(self, executor: ProcessPoolExecutor, group: int, nodes: list[BaseNode]) -> list[BaseNode]:
+        call = executor.submit(_transformed_here, group, nodes)
+        calls = self._calls.setdefault(executor, set())
+        calls.add(call)
+        call.add_done_callback(calls.discard)
+        return await asyncio.wrap_future(call)
+
+    def _let_go(self, executor: ProcessPoolExecutor) -> None:
+        """Begin nothing more; workers that are still at work are killed: nobody knows when they would return.
+
+        Python's exit would wait for them.
+        """
+        # There is no public way to them before Python 3.14.
+        workers = list((getattr(executor, "_processes", None) or {}).values())
+        executor.shutdown(wait=False, cancel_futures=True)
+        if any(call.running() for call in list(self._calls.pop(executor, ()))):
+            for worker in workers:
+                worker.kill()
 
     def _note_death(self, error: BrokenProcessPool) -> None:
         """Begin no more workers if none has ever worked: each further document would cost seconds."""
@@ -145,7 +168,7 @@ class Transforming:
             )
             self._dead.__cause__ = error
 
-    def _processes(self) -> Executor:
+    def _processes(self) -> ProcessPoolExecutor:
         if self._executor is None:
             self._executor = self._new_processes(self._num_workers or 1)
         return self._executor
@@ -164,7 +187,7 @@ def transformed(transformations: Sequence[TransformComponent], nodes: list[BaseN
         try:
             nodes = list(each(nodes))
         except StopIteration as error:  # which no future takes: whoever waits for it would wait for ever
-            raise RuntimeError(f"{type(each).__name__} raised StopIteration") from error
+            raise as_error(error, type(each).__name__) from error
     return nodes
 
 
@@ -174,6 +197,7 @@ def _is_async(transformation: TransformComponent) -> bool:
 
 
 def _begin_process(pickled_groups: bytes) -> None:
+    start(threading.Thread(target=_end_with_parent, daemon=True))
     # A splitter that is unpickled loads its tokenizer, and asks the net for it unless this names LlamaIndex's own copy.
     cache = Path(llama_index.core.__file__).parent / "_static" / "tiktoken_cache"
     if cache.is_dir():
@@ -181,11 +205,19 @@ def _begin_process(pickled_groups: bytes) -> None:
     _of_this_process[:] = pickle.loads(pickled_groups)
 
 
+def _end_with_parent() -> None:
+    """End when the process that began this one does: if that was killed, nobody else tells a worker to end."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
 def _transformed_here(group: int, nodes: list[BaseNode]) -> list[BaseNode]:
     try:
         return transformed(_of_this_process[group], nodes)
-    except Exception as error:
-        returned = that_pickles(error)  # on its way back another would take the pool along
-        if returned is error:
+    except BaseException as raised:
+        returned = that_pickles(as_error(raised, "a transformation"))  # another would take the pool along
+        if returned is raised:
             raise
         raise returned from None

@@ -113,7 +113,7 @@ NUMBER, TEXT = (DataType.INT64, {}), (DataType.VARCHAR, {"max_length": 4})
         (TEXT, NUMBER, "year", 2000),
         ((DataType.INT8, {}), NUMBER, 2, 2000),
         (TEXT, (DataType.VARCHAR, {"max_length": 40}), "year", "éééé"),
-        (NUMBER, (DataType.BOOL, {}), 1, True),
+        (NUMBER, (DataType.BOOL, {}), 2, True),
     ],
     ids=["text", "number", "wider", "longer", "truth"],
 )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Awaitable
 from typing import TypeVar
 
-from llama_index_milvus_async_ext._flow.foreign import ENDS_PROGRAMS, as_error
+from llama_index_milvus_async_ext._flow.foreign import as_error
 
 T = TypeVar("T")
 
@@ -19,18 +19,14 @@ async def awaited(awaitable: Awaitable[T], whose: str) -> T:
     without a word. (On Python 3.10 it does: nobody can tell the two apart there.)
 
     Raises:
-        Exception: What it raised, see `as_error`; a cancellation of this task is raised as it is.
+        RuntimeError: It raised a `CancelledError`, though nobody has cancelled this task.
     """
     try:
         return await awaitable
-    except (Exception, GeneratorExit, *ENDS_PROGRAMS):
-        raise
     except asyncio.CancelledError as error:
         if _may_be_cancelled():
             raise
         raise as_error(error, f"{whose}, which nobody had cancelled,") from error
-    except BaseException as error:
-        raise as_error(error, whose) from error
 
 
 def _may_be_cancelled() -> bool:

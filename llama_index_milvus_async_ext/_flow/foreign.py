@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import traceback
 
-# What is meant for the program as a whole, wherever it is raised.
-ENDS_PROGRAMS = (KeyboardInterrupt, SystemExit)
-
 
 def as_error(raised: BaseException, whose: str) -> Exception:
     """What was raised, as an error that can be handed to whoever waits.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from llama_index_milvus_async_ext._flow.arrivals import take
-from llama_index_milvus_async_ext._flow.foreign import ENDS_PROGRAMS, as_error
+from llama_index_milvus_async_ext._flow.foreign import as_error
 from llama_index_milvus_async_ext._flow.starting import start
 
 T = TypeVar("T")
@@ -36,12 +36,10 @@ class _Call:
         self.answer: asyncio.Future[Any] = self._loop.create_future()
 
     def make(self) -> None:
-        """Make the call; Ctrl-C, and what else ends programs, is the business of the thread."""
+        """Make the call; what is no mere error, such as Ctrl-C, is the business of the thread."""
         try:
             result = self._function(*self._arguments)
-        except ENDS_PROGRAMS:
-            raise
-        except BaseException as error:
+        except (Exception, asyncio.CancelledError) as error:  # nobody cancels what runs in a thread
             self.fail(error)
         else:
             self._deliver(result, None)

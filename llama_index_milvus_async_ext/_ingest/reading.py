@@ -10,11 +10,13 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from typing import Any
 
 from llama_index_milvus_async_ext._flow.awaiting import awaited
-from llama_index_milvus_async_ext._flow.foreign import ENDS_PROGRAMS, as_error
+from llama_index_milvus_async_ext._flow.foreign import as_error
 from llama_index_milvus_async_ext._flow.threads import Calls
 
 _DOCUMENTS_PER_CALL = 100  # that is how far a stream is read ahead
 _SECONDS_PER_CALL = 0.02
+# A stream that has a loop of its own may find a task of that cancelled: nobody cancels what runs in a thread.
+_OF_A_STREAM = (Exception, asyncio.CancelledError)
 
 
 class Reading:
@@ -75,9 +77,7 @@ class Reading:
         """The stream's iterator, made where it is read: some things may only be used in the thread that made them."""
         try:
             return iter(stream)
-        except ENDS_PROGRAMS:
-            raise
-        except BaseException as error:
+        except _OF_A_STREAM as error:
             self.error = as_error(error, "the stream")
             return None
 
@@ -93,9 +93,7 @@ class Reading:
                 arrivals.put(found)
         except StopIteration:
             return False
-        except ENDS_PROGRAMS:
-            raise
-        except BaseException as error:
+        except _OF_A_STREAM as error:
             self.error = as_error(error, "the stream")
             return False
         finally:

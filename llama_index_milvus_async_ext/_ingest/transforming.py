@@ -124,7 +124,7 @@ class Transforming:
         # Each document that was with the workers finds them dead, and one of them was the cause.
         async with self._alone:
             if self._executor is executor:
-                executor.shutdown(wait=False)
+                self._let_go(executor)
                 self._executor = None
             if self._dead is not None:
                 raise self._dead

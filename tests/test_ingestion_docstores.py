@@ -321,6 +321,20 @@ def test_what_the_docstore_was_not_told_of_is_not_there_twice(store: AsyncMilvus
 
 
 @both
+def test_two_runs_that_take_each_others_documents_for_duplicates_never_delete_both(
+    store: AsyncMilvusVectorStore, run: Ingest
+) -> None:
+    """Two processes, each with a docstore that knows nothing, and the documents in another order."""
+    both_documents = [doc("a", "same"), doc("b", "same")]
+    run(writing_to(store, Model()), both_documents)
+    assert run(without_duplicates(store, Model()), both_documents[::-1]).ok
+    assert "a" in held(store)
+    run(writing_to(store, Model()), both_documents)
+    assert run(without_duplicates(store, Model()), both_documents).ok
+    assert held(store) == {"a": ["same"]}
+
+
+@both
 @pytest.mark.parametrize("delete_missing", [False, True])
 def test_a_duplicate_that_comes_before_its_original_is_left_out_as_well(
     store: AsyncMilvusVectorStore, run: Ingest, delete_missing: bool

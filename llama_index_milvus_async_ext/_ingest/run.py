@@ -164,13 +164,17 @@ class Ingestion:
         except Exception as error:
             self._fail(changed, "look-up", error)
             changed = []
+        left: list[Item] = []
         for item in changed:
+            if item.standing.is_whole and (item.original or "") > item.document_id:
+                item.original = None  # a run beside this one may think the reverse: of the two, the lesser id stays
             if item.original is not None:
                 item.standing = standing(rows.of(item.document_id), _NO_VERSION)
-        unchanged += [item for item in changed if item.original is not None or item.standing.is_whole]
+            is_done = item.original is not None or item.standing.is_whole
+            (unchanged if is_done else left).append(item)
         if unchanged:
             await self._settle(unchanged)
-        return [item for item in changed if item.original is None and not item.standing.is_whole]
+        return left
 
     async def _mark_duplicates(self, items: list[Item]) -> None:
         """Find those documents that another one stands for: which is there, whole, with the same content."""

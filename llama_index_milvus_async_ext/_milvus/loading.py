@@ -13,6 +13,7 @@ from pymilvus.exceptions import MilvusException
 
 from llama_index_milvus_async_ext._milvus.connection import Connection
 from llama_index_milvus_async_ext._milvus.errors import COLLECTION_NOT_LOADED, NotLoadedError
+from llama_index_milvus_async_ext._milvus.time_left import TimeLeft
 
 _LOAD_SECONDS = 30.0
 
@@ -41,13 +42,14 @@ class Loading:
         Raises:
             NotLoadedError: No other attempt will.
         """
+        left = TimeLeft(timeout)
         try:
             return await answer
         except MilvusException as failure:
             if failure.code == COLLECTION_NOT_LOADED:
                 if self._is_lite:
                     self._load(collection)
-                elif await self._is_released(collection, timeout):
+                elif await self._is_released(collection, left()):
                     raise NotLoadedError(collection) from None
             raise
 

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from llama_index_milvus_async_ext._flow.arrivals import settled
-from llama_index_milvus_async_ext._flow.starting import start
+from llama_index_milvus_async_ext._flow.starting import is_started
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ class _Aside(Generic[T]):
 
     def is_begun(self) -> bool:
         """Begin; False if the system has no more threads, or the interpreter is exiting."""
-        return _is_started(self._name, self._work)
+        return is_started(self._name, self._work)
 
     def give_up(self) -> None:
         """Have what comes of it undone, if anything does: it may not even have begun."""
@@ -86,12 +86,4 @@ class _Aside(Generic[T]):
         if threading.get_ident() == self._thread:
             undo(outcome.result())
         else:  # this is the thread that was interrupted, and it may be an event loop's
-            _is_started(f"{self._name}-undo", lambda: undo(outcome.result()))
-
-
-def _is_started(name: str, work: Callable[[], object]) -> bool:
-    try:
-        start(threading.Thread(target=work, name=name, daemon=True))
-    except RuntimeError:
-        return False
-    return True
+            is_started(f"{self._name}-undo", lambda: undo(outcome.result()))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from llama_index_milvus_async_ext._flow.starting import start
+from llama_index_milvus_async_ext._flow.starting import is_started
 from llama_index_milvus_async_ext._lane.thread import IoThread
 
 _AGAIN_SECONDS = 1.0
@@ -52,10 +51,6 @@ def closed_if_dropped(owner: object, close: Callable[[], None]) -> weakref.final
 
 
 def _close(close: Callable[[], None], pid: int) -> None:
-    if pid != os.getpid():
-        return
-    try:
-        start(threading.Thread(target=close, name="milvus-close", daemon=True))
-    except RuntimeError:  # no thread can be started: for now, or the process ends
-        if (io := IoThread.running()) is not None:
-            io.post(functools.partial(io.loop.call_later, _AGAIN_SECONDS, _close, close, pid))
+    # Without a thread for it: there are none for now, or the process ends.
+    if pid == os.getpid() and not is_started("milvus-close", close) and (io := IoThread.running()) is not None:
+        io.post(functools.partial(io.loop.call_later, _AGAIN_SECONDS, _close, close, pid))

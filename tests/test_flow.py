@@ -6,7 +6,6 @@ import _thread
 import asyncio
 import contextvars
 import queue
-import sys
 import threading
 import time
 import weakref
@@ -24,7 +23,7 @@ from llama_index_milvus_async_ext._flow.stages import Stage, Stopwatch, flow
 from llama_index_milvus_async_ext._flow.threads import OwnThread, WaitingThread
 from llama_index_milvus_async_ext._flow.uninterrupted import uninterrupted
 from tests.conftest import examples
-from tests.waiting import beside, blocked_until, press_ctrl_c, until
+from tests.waiting import beside, blocked_until, press_ctrl_c, run_at_once, until
 
 numbers = st.integers(1, 20)
 
@@ -496,16 +495,7 @@ def test_closed_loops_are_forgotten_by_many_threads_at_once() -> None:
         except BaseException as error:
             errors.append(error)
 
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=work) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
+    run_at_once([threading.Thread(target=work) for _ in range(8)], 1e-6)
     forget_closed(of_loops)
     assert not errors and not len(of_loops)
 

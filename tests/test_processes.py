@@ -26,28 +26,13 @@ from llama_index_milvus_async_ext import (
 )
 from tests import programs
 from tests.conftest import Backend, MakeNodes
-
-DIM = 16
+from tests.workers import DIM, count, opened
 
 
 @pytest.fixture
 def store(backend: Backend, collection_name: str) -> Any:
-    with AsyncMilvusVectorStore(
-        uri=backend.uri,
-        collection_name=collection_name,
-        dim=DIM,
-        consistency_level="Strong",
-        overwrite=True,
-        similarity_metric="COSINE",
-        max_concurrency=3,
-        token="root:Milvus",
-    ) as store:
+    with opened(backend.uri, collection_name) as store:
         yield store
-
-
-def count(store: AsyncMilvusVectorStore) -> int:
-    rows = store.client.query(store.collection_name, filter="", output_fields=["count(*)"], consistency_level="Strong")
-    return int(rows[0]["count(*)"])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda store: pickle.loads(pickle.dumps(store))])

@@ -7,7 +7,6 @@ import copy
 import io
 import json
 import pickle
-import sys
 import threading
 import uuid
 from collections import Counter
@@ -34,7 +33,7 @@ from tests.corpus import documents
 from tests.embedding import HashEmbedding
 from tests.fault_proxy import FaultProxy
 from tests.faults import Held, Nth
-from tests.waiting import blocked_until, until
+from tests.waiting import blocked_until, run_at_once, until
 
 DIM = 32
 
@@ -524,14 +523,5 @@ def test_threads_that_share_a_writer_hear_of_their_own_failures(store: AsyncMilv
 
     dim = store.dim or 0
     calls = [([0.5] * dim, False), ([0.5] * (dim + 1), True)] * 2
-    threads = [threading.Thread(target=write, args=call) for call in calls]
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
+    run_at_once([threading.Thread(target=write, args=call) for call in calls], 1e-5)
     assert not wrong

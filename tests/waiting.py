@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 
 async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -26,6 +27,19 @@ def blocked_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
             return
         time.sleep(0.01)
     raise AssertionError(f"it did not happen in {seconds:g} seconds")
+
+
+def run_at_once(threads: Sequence[threading.Thread], switch_seconds: float) -> None:
+    """Run threads to their ends, while Python changes from one to the next so often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(switch_seconds)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
 
 
 def press_ctrl_c() -> None:

@@ -76,9 +76,8 @@ def pipeline(store: AsyncMilvusVectorStore, method: str) -> None:
     assert count(store) == 63
 
 
-def main() -> None:
-    what, method, uri, collection_name = sys.argv[1:]
-    with AsyncMilvusVectorStore(
+def opened(uri: str, collection_name: str) -> AsyncMilvusVectorStore:
+    return AsyncMilvusVectorStore(
         uri=uri,
         collection_name=collection_name,
         dim=DIM,
@@ -87,6 +86,11 @@ def main() -> None:
         similarity_metric="COSINE",
         max_concurrency=3,
         token="root:Milvus",
-    ) as store:
+    )
+
+
+def main() -> None:
+    what, method, uri, collection_name = sys.argv[1:]
+    with opened(uri, collection_name) as store:
         {"child": child, "pipeline": pipeline}[what](store, method)
     print("done")
